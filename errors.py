@@ -1,0 +1,18 @@
+"""The one exception for mistakes of the user, and how it reaches them."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A mistake of the user: one line that names what is wrong and what would be right."""
+
+
+def run_command(main: Callable[[], int]) -> None:
+    """Run a script's ``main`` and exit with its code; a `UserError` becomes one line and code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,0 +1,1 @@
+NAMES = ("digits", "static_mnist", "mnist")

@@ -1,0 +1,123 @@
+"""The ladder inference network q(z | x) as a Pyro guide.
+
+    q(z | x) = q(z_L | x) prod_{i=1}^{L-1} q(z_i | z_{>i}, x)
+
+A deterministic bottom-up pass turns the image into one feature map d_i per layer. Inference then
+goes down the generative ladder itself: each posterior is read off d_i merged with the model's own
+feature map h_{i+1} from above (Sønderby et al., 2016, section 2.2). Model and guide thus share one
+top-down pass: the guide runs the model under itself, as a `pyro.poutine.guide.GuideMessenger`, and
+puts its posterior in the place of each prior as the model comes to it. Both traces come out of
+that one pass, with one set of dropout masks and batch-norm statistics.
+"""
+
+from collections.abc import Callable, Sequence
+
+import pyro.distributions as dist
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor, nn
+
+from config import Config
+from model import normal_from
+from networks import ACTIVATIONS, BlockStyle, Merge, ResidualBlock, pad_to, residual_blocks
+
+
+class BottomUp(nn.Module):
+    """The deterministic pass from the image to one feature map per layer."""
+
+    def __init__(self, style: BlockStyle, config: Config, image_shape: tuple[int, int, int]):
+        super().__init__()
+        image_channels, height, width = image_shape
+        self.padded_size = config.padded_size((height, width))
+        self.stem = nn.Sequential(
+            nn.Conv2d(
+                image_channels,
+                style.channels,
+                5,
+                stride=2 if config.initial_downscaling else 1,
+                padding=2,
+            ),
+            ACTIVATIONS[style.activation](),
+            ResidualBlock(style, gated=False),
+        )
+        self.layers = nn.ModuleList(
+            residual_blocks(style, config.blocks_per_layer, downsample, "down")
+            for downsample in config.downsample
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """From x (N, C, H, W) to the feature maps [d_1, ..., d_L], bottom to top."""
+        d = self.stem(pad_to(x, self.padded_size))
+        features = []
+        for layer in self.layers:
+            d = layer(d)
+            features.append(d)
+        return features
+
+
+class TopPosterior(nn.Module):
+    """q(z_L | x), read off d_L."""
+
+    def __init__(self, channels: int, z_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * z_channels, 3, padding=1)
+
+    def forward(self, d: Tensor) -> dist.TorchDistribution:
+        return normal_from(self.conv(d))
+
+
+class ConditionalPosterior(nn.Module):
+    """q(z_i | z_{>i}, x), read off d_i merged with h_{i+1}."""
+
+    def __init__(self, style: BlockStyle, merge_type: str, z_channels: int) -> None:
+        super().__init__()
+        self.merge = Merge(merge_type, style)
+        self.conv = nn.Conv2d(style.channels, 2 * z_channels, 3, padding=1)
+
+    def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
+        return normal_from(self.conv(self.merge(d, h_above)))
+
+
+class LadderGuide(GuideMessenger, nn.Module):
+    """q(z | x) for a `LadderModel`, or for the same model under Pyro handlers.
+
+    Calling the guide with images x (N, C, H, W) in [0, 1] draws z_L ... z_1 from q and runs the
+    model on them; `get_traces()` then gives the traces of the model and of the guide.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Tensor],
+        config: Config,
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        nn.Module.__init__(self)
+        GuideMessenger.__init__(self, model)
+        style = config.block_style()
+        self.bottom_up = BottomUp(style, config, image_shape)
+        self.top_posterior = TopPosterior(config.n_filters, config.z_dims[-1])
+        self.posteriors = nn.ModuleList(
+            ConditionalPosterior(style, config.merge_layers, z) for z in config.z_dims[:-1]
+        )
+        self._features: Sequence[Tensor] = ()
+
+    def __call__(self, x: Tensor, features: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+        """Draw z from q(z | x) and run the model on it; returns all sites' values by name.
+
+        `features` are those of `bottom_up(x)` where they are at hand already: importance sampling
+        computes them once per image and draws from them many times.
+        """
+        self._features = self.bottom_up(x) if features is None else features
+        try:
+            return super().__call__(x)
+        finally:
+            self._features = ()
+
+    def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
+        """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model has just come to."""
+        i = int(name.removeprefix("z_"))
+        d = self._features[i - 1]
+        if i == len(self._features):
+            # q(z_L | x)
+            return self.top_posterior(d)
+        # q(z_i | z_{>i}, x)
+        return self.posteriors[i - 1](d, self.upstream_value(f"h_{i + 1}"))  # type: ignore[operator]

@@ -1,0 +1,185 @@
+"""Read checkpoints trained with the reference implementation of the ladder.
+
+    python reference_checkpoint.py WEIGHTS --out RUN [the options it was trained with]
+
+writes a run folder that evaluate.py scores. WEIGHTS is the reference's state dict, saved by
+`torch.save` (.pt) or as arrays under `state/NAME` (.npz).
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import Config
+from errors import UserError
+from guide import LadderGuide
+from model import LadderModel
+from networks import ResidualBlock
+
+# The reference's constructor arguments, where `Config` has another name for them.
+_CASE_NAMES = {
+    "merge_type": "merge_layers",
+    "stochastic_skip": "skip",
+    "res_block_type": "residual_type",
+    "likelihood_form": "likelihood",
+    "analytical_kl": "analytical_kl",
+}
+_ADVICE = "give the options that it was trained with"
+_SAME_NAMES = (
+    "z_dims",
+    "blocks_per_layer",
+    "downsample",
+    "nonlin",
+    "batchnorm",
+    "n_filters",
+    "learn_top_prior",
+    "gated",
+    "free_bits",
+)
+
+
+def config_from_case(case: Mapping[str, Any]) -> Config:
+    """The `Config` of a network given by the reference's constructor arguments."""
+    values = {name: case[name] for name in _SAME_NAMES if name in case}
+    values |= {ours: case[theirs] for theirs, ours in _CASE_NAMES.items() if theirs in case}
+    values["dropout"] = case.get("dropout") or 0.0
+    values["initial_downscaling"] = not case.get("no_initial_downscaling", False)
+    return Config(**values)
+
+
+def from_reference(
+    case: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> tuple[LadderModel, LadderGuide]:
+    """Model and guide with the reference's weights.
+
+    `case` holds the reference's constructor arguments (`color_ch`, `z_dims`, `img_shape`, ...) and
+    `state_dict` its parameters and batch-norm statistics under the reference's names. Raises
+    `UserError` where the two do not belong together.
+    """
+    image_shape = (case["color_ch"], *case["img_shape"])
+    config = config_from_case(case)
+    model = LadderModel(config, image_shape)
+    guide = LadderGuide(model, config, image_shape)
+    load_reference_state(model, guide, state_dict)
+    return model, guide
+
+
+def load_reference_state(
+    model: LadderModel, guide: LadderGuide, state_dict: Mapping[str, Any]
+) -> None:
+    """Copy the reference's state dict into a model and guide of the same architecture."""
+    for name, tensor in reference_tensors(model, guide, state_dict.keys()).items():
+        value = torch.as_tensor(state_dict[name])
+        if value.shape != tensor.shape:
+            raise UserError(
+                f"{name} has shape {tuple(value.shape)} in the reference's weights but "
+                f"{tuple(tensor.shape)} by the options; {_ADVICE}"
+            )
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def reference_tensors(
+    model: LadderModel, guide: LadderGuide, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Our parameters and statistics by the `names` that the reference's state dict gives them.
+
+    Raises `UserError` unless names and tensors match one to one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in _modules(model, guide):
+        tensors |= _named_tensors(prefix, module, names)
+    top = f"top_down_layers.{len(model.layers) - 1}.top_prior_params"
+    tensors[top] = model.top_prior.mean_log_variance
+    for name in sorted(tensors.keys() - set(names)):
+        raise UserError(f"the reference's weights lack {name}; {_ADVICE}")
+    for name in sorted(set(names) - tensors.keys()):
+        raise UserError(
+            f"the network described by the options has no place for the weights {name}; {_ADVICE}"
+        )
+    return tensors
+
+
+def _modules(model: Any, guide: Any) -> Iterable[tuple[str, nn.Module]]:
+    """Pairs of (the reference's prefix, our module) that hold the same parameters."""
+    yield "first_bottom_up.0", guide.bottom_up.stem[0]
+    yield "first_bottom_up.2.res", guide.bottom_up.stem[2]
+    for i, blocks in enumerate(guide.bottom_up.layers):
+        yield from _blocks(f"bottom_up_layers.{i}.net", blocks)
+    posteriors = [*guide.posteriors, guide.top_posterior]
+    for i, (layer, posterior) in enumerate(zip(model.layers, posteriors, strict=True)):
+        prefix = f"top_down_layers.{i}"
+        yield f"{prefix}.stochastic.conv_in_q", posterior.conv
+        yield f"{prefix}.stochastic.conv_out", layer.expand
+        yield from _blocks(f"{prefix}.deterministic_block", layer.blocks)
+        if posterior is not guide.top_posterior:
+            yield f"{prefix}.stochastic.conv_in_p", model.priors[i].conv
+            yield from _merge(f"{prefix}.merge.layer", posterior.merge)
+        if layer.skip is not None:
+            yield from _merge(f"{prefix}.skip_connection_merger.layer", layer.skip)
+    # The reference's bilinear upsampling, where there is one, takes the first place.
+    offset = 0 if isinstance(model.decoder.upsample, nn.Identity) else 1
+    yield from _blocks("final_top_down", model.decoder.blocks, offset)
+    yield "likelihood.parameter_net", model.likelihood.conv
+
+
+def _blocks(prefix: str, blocks: nn.Sequential, offset: int = 0) -> Iterable[tuple[str, nn.Module]]:
+    # The reference counts a resampling convolution with the residual block that follows it.
+    i = offset
+    for module in blocks:
+        if isinstance(module, ResidualBlock):
+            yield f"{prefix}.{i}.res", module
+            i += 1
+        else:
+            yield f"{prefix}.{i}.pre_conv", module
+
+
+def _merge(prefix: str, merge: Any) -> Iterable[tuple[str, nn.Module]]:
+    if isinstance(merge.residual, nn.Identity):
+        yield prefix, merge.conv
+    else:
+        yield f"{prefix}.0", merge.conv
+        yield f"{prefix}.1", merge.residual
+
+
+def _named_tensors(prefix: str, module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of `module`, which the reference calls `prefix`, by the reference's names."""
+    if not isinstance(module, ResidualBlock):
+        state = module.state_dict(keep_vars=True)
+        return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+    # Layers of a residual block are matched in order, for their numbers depend on which layers
+    # without parameters there are.
+    pattern = re.compile(re.escape(prefix) + r"\.block\.(\d+)\.")
+    numbers = sorted({int(match[1]) for name in names if (match := pattern.match(name))})
+    layers = [layer for layer in module.block if layer.state_dict()]
+    if len(numbers) != len(layers):
+        raise UserError(
+            f"the reference's weights have {len(numbers)} layers in {prefix}, the network "
+            f"described by the options {len(layers)}; {_ADVICE}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for number, layer in zip(numbers, layers, strict=True):
+        tensors |= _named_tensors(f"{prefix}.block.{number}", layer, names)
+    return tensors
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state dict in a .npz (names under `state/`) or torch file."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {
+                    name.removeprefix("state/"): arrays[name]
+                    for name in arrays.files
+                    if name.startswith("state/")
+                }
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:
+        raise UserError(f"{path} does not hold the reference's weights: {error}") from error

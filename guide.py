@@ -17,7 +17,7 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from config import Config
-from model import normal_from
+from model import LadderModel, normal_from
 from networks import ACTIVATIONS, BlockStyle, Merge, ResidualBlock, pad_to, residual_blocks
 
 
@@ -121,3 +121,11 @@ class LadderGuide(GuideMessenger, nn.Module):
             return self.top_posterior(d)
         # q(z_i | z_{>i}, x)
         return self.posteriors[i - 1](d, self.upstream_value(f"h_{i + 1}"))  # type: ignore[operator]
+
+
+def build_ladder(
+    config: Config, image_shape: tuple[int, int, int]
+) -> tuple[LadderModel, LadderGuide]:
+    """A model and its guide, as `config` has them."""
+    model = LadderModel(config, image_shape)
+    return model, LadderGuide(model, config, image_shape)

@@ -1,0 +1,26 @@
+"""The device that a script runs on."""
+
+import torch
+
+from errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`: cpu, cuda, cuda:N, or auto for a GPU where there is one.
+
+    Raises `UserError` where there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"only {count} of them" if count else "no GPU that PyTorch can use"
+            raise UserError(f"--device is {name!r} but there is {found} here; use --device cpu")
+    return device

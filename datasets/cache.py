@@ -1,0 +1,170 @@
+"""One ``NAME.npz`` for each data set: made once, whole or not at all, and checked at each load."""
+
+import hashlib
+import os
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from errors import UserError
+
+# What reading a damaged npz file raises.
+_UNREADABLE = (
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class _UnexpectedError(Exception):
+    """Arrays are not those of the data set; the message says in what."""
+
+
+class Contents(NamedTuple):
+    """What an array of a data set must be: its shape and the SHA-256 of its uint8 values."""
+
+    shape: tuple[int, ...]
+    sha256: str
+
+
+def load_arrays(
+    path: Path,
+    expected: Mapping[str, Contents],
+    names: Iterable[str],
+    make: Callable[[], Mapping[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """The uint8 arrays ``names`` out of the file ``path``, checked against ``expected``.
+
+    If there is no such file, ``make`` is called for all the arrays, which are checked and
+    written there first.
+
+    Raises:
+        UserError: the file is not what is expected, or cannot be read or written.
+    """
+    with _reading(path):
+        missing = not path.exists()
+    if missing:
+        _require_folder(path.parent)
+        try:
+            made = _checked(make(), expected)
+        except _UnexpectedError as error:
+            raise UserError(
+                f"{path} was not made: {error}, which is not what is published"
+            ) from error
+        _write(path, made)
+    return _read(path, {name: expected[name] for name in names})
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside ``path`` to write in, gone at the end unless renamed by then.
+
+    Raises:
+        UserError: it cannot be written, as in a read-only folder or on a full disk.
+    """
+    # Not `tempfile`: its files are private to the user, and a data folder is often shared.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with writing(path), temporary.open("xb") as file:
+            yield file
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns a failure to write ``path`` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): make room and give write access "
+            "there, or choose another data folder"
+        ) from error
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"data folder {folder} {found}: make it, or choose another")
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with temporary_file(path) as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(file.name, path)
+
+
+def _read(path: Path, expected: Mapping[str, Contents]) -> dict[str, np.ndarray]:
+    # A folder would be told to be deleted, with all that is in it.
+    if path.is_dir():
+        raise UserError(f"{path} is a folder where a file is expected: move it away")
+    try:
+        with _reading(path), path.open("rb") as file:
+            return _checked(_unzip(file, expected), expected)
+    except _UnexpectedError as error:
+        raise UserError(
+            f"{path} is damaged or another file ({error}): delete it to have it downloaded again, "
+            "or put the right one there"
+        ) from error
+
+
+def _unzip(file: BinaryIO, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the arrays ``names`` that there are; the others are not even read."""
+    if not zipfile.is_zipfile(file):
+        raise _UnexpectedError("it is no npz file, or a part of one")
+    file.seek(0)
+    try:
+        with np.load(file) as archive:
+            return {name: archive[name] for name in names if name in archive.files}
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())
+        raise _UnexpectedError(f"it cannot be read: {reason}") from error
+
+
+def _checked(
+    arrays: Mapping[str, np.ndarray], expected: Mapping[str, Contents]
+) -> dict[str, np.ndarray]:
+    """The arrays in C order, once each is known to be the one expected."""
+    checked = {}
+    for name, contents in expected.items():
+        if name not in arrays:
+            raise _UnexpectedError(f"there is no array '{name}'")
+        array = np.ascontiguousarray(arrays[name])
+        if array.dtype != np.uint8 or array.shape != contents.shape:
+            raise _UnexpectedError(
+                f"the array '{name}' is {array.dtype} {array.shape} "
+                f"where uint8 {contents.shape} is expected"
+            )
+        sha256 = hashlib.sha256(array.data).hexdigest()
+        if sha256 != contents.sha256:
+            raise _UnexpectedError(
+                f"the array '{name}' has SHA-256 {sha256}, not {contents.sha256}"
+            )
+        checked[name] = array
+    return checked
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): give read access to it, or choose "
+            "another data folder"
+        ) from error

@@ -1,0 +1,33 @@
+"""Random draws that are a function of their key alone, on every machine and in every version.
+
+A key is a seed and any further whole numbers that say what the draw is for. NumPy promises the
+streams of `SeedSequence` and `PCG64`, but not how `Generator` turns them into a shuffle; fixed
+splits and resumed runs need the promise, so the last step is made here.
+"""
+
+import numpy as np
+
+
+def uniform(count: int, seed: int, *key: int) -> np.ndarray:
+    """``count`` float64 draws, uniform on [0, 1)."""
+    raw = np.random.PCG64(_sequence(seed, key)).random_raw(count)
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(count: int, seed: int, *key: int) -> np.ndarray:
+    """The numbers below ``count`` in random order, int64."""
+    return np.argsort(uniform(count, seed, *key), kind="stable")
+
+
+def bernoulli(probabilities: np.ndarray, seed: int, *key: int) -> np.ndarray:
+    """One draw for each probability: bool, of the same shape."""
+    return uniform(probabilities.size, seed, *key).reshape(probabilities.shape) < probabilities
+
+
+def torch_seed(seed: int, *key: int) -> int:
+    """A 64-bit seed for a `torch.Generator`, well mixed: keys next to each other share nothing."""
+    return int(_sequence(seed, key).generate_state(1, np.uint64)[0])
+
+
+def _sequence(seed: int, key: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=key)

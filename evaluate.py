@@ -8,6 +8,7 @@ RUN/eval/STEP/metrics.json, samples.png and reconstructions.png.
 """
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -44,7 +45,7 @@ class Trained:
 
     @classmethod
     def load(cls, run: Run, step: int | None, device: torch.device, *, average: bool) -> "Trained":
-        """The newest checkpoint, or that of `step`; its moving average if wanted and there is one."""
+        """From the checkpoint of `step`, or the newest; its moving average where there is one."""
         state = run.load_checkpoint(step, device)
         model, guide = build_ladder(run.config, run.image_shape)
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
@@ -79,7 +80,8 @@ def standard_error(values: Tensor) -> float | None:
 
 def table(results: dict[str, Any]) -> str:
     """The figures of `metrics`, for reading."""
-    names = {"elbo": "ELBO"} | {k: f"{int(k):,} importance samples" for k in results["iw"]}
+    names = {"elbo": "ELBO"}
+    names |= {k: f"{int(k):,} importance sample{'s' * (k != '1')}" for k in results["iw"]}
     values = {"elbo": results["elbo"]} | results["iw"]
     lines = [f"{'negative bound':<26}{'nats':>10}{'std. error':>12}{'bits/dim':>10}"]
     for key, name in names.items():
@@ -149,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise `UserError` for values that make no sense."""
     samples = arguments.samples
-    if samples[0] < 1 or any(a >= b for a, b in zip(samples, samples[1:], strict=False)):
+    if samples[0] < 1 or any(a >= b for a, b in itertools.pairwise(samples)):
         raise UserError(
             f"--samples is {' '.join(map(str, samples))}; it must be positive numbers that rise"
         )

@@ -11,9 +11,11 @@ that one pass, with one set of dropout masks and batch-norm statistics.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from config import Config
@@ -84,6 +86,10 @@ class LadderGuide(GuideMessenger, nn.Module):
     model on them; `get_traces()` then gives the traces of the model and of the guide.
     """
 
+    if TYPE_CHECKING:  # inherited from GuideMessenger, whose types mypy does not follow
+        upstream_value: Callable[[str], Tensor]
+        get_traces: Callable[[], tuple[Trace, Trace]]
+
     def __init__(
         self,
         model: Callable[..., Tensor],
@@ -120,7 +126,7 @@ class LadderGuide(GuideMessenger, nn.Module):
             # q(z_L | x)
             return self.top_posterior(d)
         # q(z_i | z_{>i}, x)
-        return self.posteriors[i - 1](d, self.upstream_value(f"h_{i + 1}"))  # type: ignore[operator]
+        return self.posteriors[i - 1](d, self.upstream_value(f"h_{i + 1}"))
 
 
 def build_ladder(

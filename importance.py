@@ -124,7 +124,9 @@ def random_index(n: int, count: int, seed: int) -> Tensor:
     return torch.from_numpy(permutation(n, seed, _SUBSET)[:count])
 
 
-def channel_kl(guide: LadderGuide, images: ImageSet, index: Tensor, batch_size: int) -> list[Tensor]:
+def channel_kl(
+    guide: LadderGuide, images: ImageSet, index: Tensor, batch_size: int
+) -> list[Tensor]:
     """KL by latent channel, (z_dims[i],) for each layer from the bottom, in nats per image.
 
     In closed form given z_{>i}, summed over positions, and averaged over the images at `index`.

@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import write_atomically
+from atomic import write_atomically
 from errors import UserError
 from pictures import write_png
 
@@ -86,7 +86,7 @@ class Monitor:
             return
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
-        entry = {"step": step, "time": round(time.time(), 3)} | values
+        entry = {"step": step, "time": round(time.time(), 3)} | dict(values)
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()
 

@@ -7,7 +7,7 @@ from pyro import poutine
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from checkpoint import write_atomically
+from atomic import write_atomically
 from guide import LadderGuide
 from model import LadderModel
 

@@ -127,9 +127,7 @@ class SVI:
     def _add(self, loss: Tensor, norm: Tensor) -> None:
         assert self.elbo.terms is not None
         terms = self.elbo.terms
-        row = torch.cat(
-            [torch.stack([loss, terms.log_likelihood.mean(), norm]), terms.kl.mean(0)]
-        )
+        row = torch.cat([torch.stack([loss, terms.log_likelihood.mean(), norm]), terms.kl.mean(0)])
         self._totals = row if self._totals is None else self._totals + row
         self._steps += 1
 

@@ -87,7 +87,7 @@ class Interruption:
             raise Interrupted
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 (no error)
     """An evaluation was broken off by a signal."""
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+import draws
 from errors import UserError
 
-from . import draws
 from .images import ImageSet
 
 # What a draw is for, the second part of its key.

@@ -1,17 +1,16 @@
 """One ``NAME.npz`` for each data set: made once, whole or not at all, and checked at each load."""
 
 import hashlib
-import os
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from atomic import write_atomically, writing
 from errors import UserError
 
 # What reading a damaged npz file raises.
@@ -55,7 +54,8 @@ def load_arrays(
     with _reading(path):
         missing = not path.exists()
     if missing:
-        _require_folder(path.parent)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             made = _checked(make(), expected)
         except _UnexpectedError as error:
@@ -66,47 +66,8 @@ def load_arrays(
     return _read(path, {name: expected[name] for name in names})
 
 
-@contextmanager
-def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside ``path`` to write in, gone at the end unless renamed by then.
-
-    Raises:
-        UserError: it cannot be written, as in a read-only folder or on a full disk.
-    """
-    # Not `tempfile`: its files are private to the user, and a data folder is often shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with writing(path), temporary.open("xb") as file:
-            yield file
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write ``path`` into a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}): make room and give write access "
-            "there, or choose another data folder"
-        ) from error
-
-
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        found = "is not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"data folder {folder} {found}: make it, or choose another")
-
-
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with temporary_file(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(file.name, path)
+    write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
 
 
 def _read(path: Path, expected: Mapping[str, Contents]) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import draws
+import draws
+
 from .images import ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 8, 8)

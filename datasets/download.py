@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from atomic import temporary_file
 from errors import UserError
-
-from .cache import temporary_file
 
 # What the network can do to a download; a full disk is an OSError too, and not among them.
 NETWORK_ERRORS = (
@@ -73,7 +72,7 @@ def require_md5(path: Path, md5: str) -> None:
 
 def _chunks(url: str) -> Iterator[bytes]:
     """The bytes at ``url``, with a progress bar on standard error."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     received = 0
     try:

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import draws
+from atomic import writing
 from errors import UserError
 
-from . import draws
-from .cache import Contents, load_arrays, writing
+from .cache import Contents, load_arrays
 from .download import NETWORK_ERRORS, require_md5
 from .images import DynamicallyBinarizedImages, ImageSet, PackedImages, Shape
 

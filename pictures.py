@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from pyro import poutine
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from atomic import write_atomically
 from guide import LadderGuide
@@ -32,6 +31,8 @@ def reconstructions(guide: LadderGuide, x: Tensor) -> Tensor:
 
 def sample_grid(images: Tensor, columns: int) -> Tensor:
     """One picture (3, H', W') of images (N, C, H, W) in [0, 1], row by row."""
+    from torchvision.utils import make_grid  # takes seconds to import
+
     scale = max(1, round(_LEGIBLE / images.shape[-2]))
     enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     return make_grid(enlarged.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=0.4)

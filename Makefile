@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 
-.PHONY: setup demo test format clean
+.PHONY: setup demo test format
 
 setup: .venv/.installed
 
@@ -33,6 +33,3 @@ test: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-
-clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -6,8 +6,9 @@ writes a run folder that evaluate.py scores. WEIGHTS is the reference's state di
 `torch.save` (.pt) or as arrays under `state/NAME` (.npz).
 """
 
+import argparse
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import Config
-from errors import UserError
-from guide import LadderGuide
+import datasets
+from checkpoint import Run
+from config import Config, OneLineParser, add_options, config_from
+from elbo import FreeBitsELBO
+from errors import UserError, run_command
+from guide import LadderGuide, build_ladder
 from model import LadderModel
 from networks import ResidualBlock
 
@@ -61,10 +65,7 @@ def from_reference(
     `state_dict` its parameters and batch-norm statistics under the reference's names. Raises
     `UserError` where the two do not belong together.
     """
-    image_shape = (case["color_ch"], *case["img_shape"])
-    config = config_from_case(case)
-    model = LadderModel(config, image_shape)
-    guide = LadderGuide(model, config, image_shape)
+    model, guide = build_ladder(config_from_case(case), (case["color_ch"], *case["img_shape"]))
     load_reference_state(model, guide, state_dict)
     return model, guide
 
@@ -183,3 +184,36 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:
         raise UserError(f"{path} does not hold the reference's weights: {error}") from error
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="reference_checkpoint.py",
+        description="Make a run folder of weights trained with the reference implementation.",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="state dict, .pt or .npz")
+    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
+    parser.add_argument("--step", type=int, default=0, help="training steps the weights have seen")
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.step < 0:
+        raise UserError(f"--step is {arguments.step}; it must not be negative")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config = config_from(arguments)
+    image_shape = datasets.image_shape(config.dataset)
+    model, guide = build_ladder(config, image_shape)
+    load_reference_state(model, guide, read_weights(arguments.weights))
+    run = Run.create(arguments.out, config, image_shape)
+    weights = FreeBitsELBO()(model, guide).state_dict()
+    # Weights alone: they can be evaluated, not trained further.
+    run.save_checkpoint(arguments.step, {"weights": weights, "average": None, "optimizer": None})
+    print(f"run folder {run.path}; score it with: python evaluate.py {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

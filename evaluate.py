@@ -31,7 +31,9 @@ from errors import UserError, run_command
 from guide import LadderGuide, build_ladder
 from importance import Bounds, importance_weighted_bounds, random_index
 from model import LadderModel
+from networks import count_parameters
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid, write_png
+from provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "weights": trained.weights,
         "seed": arguments.seed,
         "batch_size": batch_size,
+        "layers": len(run.config.z_dims),
+        "parameters": count_parameters(trained.model, trained.guide),
+        "provenance": provenance(device),
     }
     folder = run.path / "eval" / str(trained.step)
     some = random_index(len(images), 32, arguments.seed)[:32].to(device)

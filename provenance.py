@@ -1,0 +1,51 @@
+"""Where a figure comes from: the code, the libraries and the machine."""
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a result file says of how it was obtained."""
+    return {
+        "commit": commit(),
+        "machine": machine(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this project, with -dirty where files differ from it; None outside git."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def machine(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many threads PyTorch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from config import Config
 from elbo import FreeBitsELBO
 from guide import BottomUp, LadderGuide
-from model import Decoder, LadderModel, TopPrior, normal_from
+from model import Decoder, LadderModel, TopDownLayer, TopPrior, normal_from
 from networks import (
     ACTIVATIONS,
     RESIDUAL_TYPES,
@@ -203,6 +203,20 @@ def test_which_merges_follow_the_option(tiny_config: MakeConfig, merge_layers: s
     skips = [layer.skip for layer in model.layers]
     assert [type(skip.residual) for skip in skips[:-1]] == [ResidualBlock] * 2
     assert skips[-1] is None  # nothing above the top
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_top_down_layer(skip: bool) -> None:
+    """z expanded by a convolution, merged with h from above in that order, then the blocks."""
+    layer = settled(TopDownLayer(style(), 2, 2, 1, skip=skip))
+    z, h_above = feature_map(channels=2), feature_map()
+    h = F.conv2d(F.pad(z, (1, 1, 1, 1)), layer.expand.weight, layer.expand.bias)
+    if skip:
+        merged = F.conv2d(torch.cat((h, h_above), dim=1), layer.skip.conv.weight)
+        h = layer.skip.residual(merged + layer.skip.conv.bias.view(1, -1, 1, 1))
+    y = layer(z, h_above)
+    assert y.shape == (2, 4, 12, 10)
+    assert_close(y, layer.blocks(h), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])

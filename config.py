@@ -149,6 +149,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_field(field, getattr(self, field.name))
+        # Lists of our own: a caller's, or a preset's, may change.
+        object.__setattr__(self, "z_dims", list(self.z_dims))
+        object.__setattr__(self, "downsample", list(self.downsample))
         if len(self.z_dims) != len(self.downsample):
             raise UserError(
                 f"--zdims lists {len(self.z_dims)} layers but --downsample {len(self.downsample)}; "
@@ -238,7 +241,7 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 def _type_name(expected: Any) -> str:
     if get_origin(expected) is list:
-        return "a list of whole numbers"
+        return "a list of whole numbers, one for each layer"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[expected]
 
 

@@ -16,6 +16,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
+from pyro.params import param_with_module_name
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -99,7 +100,21 @@ class FreeBitsELBO(ELBO):
         """
         for name, module in (("model", model), ("guide", guide)):
             if isinstance(module, nn.Module):
-                pyro.module(name, module)
+                _register(name, module)
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()
         return loss.item()
+
+
+def _register(name: str, module: nn.Module) -> None:
+    """Register a module's parameters with Pyro, in the place of another module's of that name.
+
+    Pyro itself would go on training the other one.
+    """
+    store = pyro.get_param_store()
+    registered = dict(store.named_parameters())
+    for key, parameter in module.named_parameters():
+        full_name = param_with_module_name(name, key)
+        if registered.get(full_name, parameter) is not parameter:
+            del store[full_name]
+    pyro.module(name, module)

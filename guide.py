@@ -118,6 +118,10 @@ class LadderGuide(GuideMessenger, nn.Module):
         finally:
             self._features = ()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the trace, which a copy that has not run yet does not have."""
+        return {name: value for name, value in self.__dict__.items() if name != "trace"}
+
     def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
         """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model has just come to."""
         i = int(name.removeprefix("z_"))

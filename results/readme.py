@@ -1,7 +1,7 @@
 """Write the tables of README.md from the figures in results/.
 
-    python results/readme.py          rewrites the tables in place
-    python results/readme.py --check  exits with 1 where README.md is not what it would write
+    python -m results.readme          rewrites the tables in place
+    python -m results.readme --check  exits with 1 where README.md is not what it would write
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. Figures come from metrics.json
 files that evaluate.py wrote, and from reference.json, which holds the published ones.
@@ -13,6 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+import datasets
+from config import PRESETS, Config
+from guide import build_ladder
+from networks import count_parameters
 
 RESULTS = Path(__file__).parent
 README = RESULTS.parent / "README.md"
@@ -29,7 +36,7 @@ def read_if_there(name: str) -> dict[str, Any]:
 
 
 def figure(metrics: dict[str, Any], key: str) -> str:
-    """One bound of a metrics.json, with its bits per dimension in a colour row; empty if missing."""
+    """One bound of a metrics.json, with bits per dimension for colour; empty where missing."""
     value = metrics.get("elbo") if key == "elbo" else metrics.get("iw", {}).get(key)
     if value is None:
         return ""
@@ -105,7 +112,20 @@ def demo_table() -> str:
     return f"{table}\n\nObtained on {source(metrics)}."
 
 
+def presets_table() -> str:
+    """The presets and how large their networks are."""
+    rows = []
+    for name, options in PRESETS.items():
+        config = Config(**options)
+        with torch.device("meta"):
+            pair = build_ladder(config, datasets.image_shape(config.dataset))
+        row = [f"`{name}`", f"`{config.dataset}`", str(len(config.z_dims)), f"{config.free_bits}"]
+        rows.append([*row, f"{count_parameters(*pair):,}"])
+    return markdown(["preset", "data", "layers", "free bits", "parameters"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "presets": presets_table,
     "likelihood": likelihood_table,
     "learning": learning_table,
     "demo": demo_table,

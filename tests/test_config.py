@@ -159,3 +159,12 @@ def test_sizes() -> None:
     assert full.downscaling == 2
     assert full.padded_size((5, 6)) == (6, 6)
     assert full.latent_sizes((5, 6)) == [(6, 6), (3, 3), (3, 3)]
+
+
+def test_lists_are_the_configs_own() -> None:
+    """Changing a preset's list, or the caller's, changes no configuration made of it."""
+    sizes = [4, 4, 4]
+    config = Config(z_dims=sizes)
+    sizes.append(4)
+    assert config.z_dims == [4, 4, 4]
+    assert Config(**PRESETS["mnist-3"]).downsample is not PRESETS["mnist-3"]["downsample"]

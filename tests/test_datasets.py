@@ -699,6 +699,13 @@ def test_a_data_folder_that_is_none_is_refused(tmp_path: Path, made: tuple[str, 
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_missing_data_folder_is_made(tmp_path: Path, made: tuple[str, Made]) -> None:
+    name, _ = made
+    folder = tmp_path / "new" / "data"
+    datasets.load(name, "test", folder)
+    assert [p.name for p in folder.iterdir()] == [f"{name}.npz"]
+
+
 def test_a_folder_in_the_place_of_the_file_is_refused(
     tmp_path: Path, made: tuple[str, Made]
 ) -> None:

@@ -509,6 +509,18 @@ def test_svi_and_a_plain_loop(make_pair: MakePair, x: Tensor, named: bool) -> No
     assert all(not torch.equal(trained[name], start[name]) for name in start)
 
 
+def test_svi_trains_each_of_two_pairs(make_pair: MakePair, x: Tensor) -> None:
+    """A second pair in the same process is trained, and the first one still."""
+    pairs = [make_pair(learn_top_prior=True) for _ in range(2)]
+    svis = [SVI(*pair, pyro.optim.Adamax({"lr": 1e-2}), FreeBitsELBO()) for pair in pairs]
+    for _ in range(2):
+        for pair, svi in zip(pairs, svis, strict=True):
+            before = [p.clone() for module in pair for p in module.parameters()]
+            svi.step(x)
+            after = [p for module in pair for p in module.parameters()]
+            assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_svi_evaluates_the_true_loss(make_pair: MakePair, x: Tensor) -> None:
     """`evaluate_loss` is the negative ELBO without free bits, and leaves no gradient."""
     model, guide = double_pair(make_pair)
@@ -560,3 +572,10 @@ def test_deep_copy_is_an_independent_pair(make_pair: MakePair, x: Tensor) -> Non
     assert_close(twin.elbo.terms.log_likelihood, torch.full((5,), -80 * math.log(2)))
     assert original.elbo.terms is terms
     assert_close(loss(original), before)
+
+
+def test_copy_of_a_copy(make_pair: MakePair, x: Tensor) -> None:
+    """A copy that has not run yet can be copied again."""
+    twin = copy.deepcopy(copy.deepcopy(FreeBitsELBO()(*make_pair())))
+    assert twin.guide.model is twin.model
+    assert torch.isfinite(twin(x))

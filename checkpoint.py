@@ -110,14 +110,25 @@ class Run:
                 f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
             )
         path = self.checkpoint_path(steps[-1] if step is None else step)
-        try:
-            content = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(f"{path} is damaged or not a checkpoint: {reason}") from None
+        content = read_tensors(path, device)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
         return content
+
+
+def read_tensors(path: Path, device: torch.device) -> Any:
+    """What `torch.save` wrote: tensors and plain values; raises `UserError` for anything else.
+
+    No code in the file is run.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception:  # the unpickler's errors are of many kinds, and speak to programmers
+        raise UserError(
+            f"{path} is damaged, or not a file of tensors saved by torch.save"
+        ) from None
 
 
 def load_weights(module: nn.Module, weights: Any) -> None:

@@ -8,6 +8,7 @@ writes a run folder that evaluate.py scores. WEIGHTS is the reference's state di
 
 import argparse
 import re
+import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import datasets
-from checkpoint import Run
+from checkpoint import Run, read_tensors
 from config import Config, OneLineParser, add_options, config_from
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
@@ -33,6 +34,7 @@ _CASE_NAMES = {
     "likelihood_form": "likelihood",
     "analytical_kl": "analytical_kl",
 }
+_CPU = torch.device("cpu")
 _ADVICE = "give the options that it was trained with"
 _SAME_NAMES = (
     "z_dims",
@@ -169,21 +171,34 @@ def _named_tensors(prefix: str, module: nn.Module, names: Collection[str]) -> di
     return tensors
 
 
-def read_weights(path: Path) -> dict[str, Any]:
-    """The state dict in a .npz (names under `state/`) or torch file."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .npz file (names under `state/`) or in one saved by torch.save.
+
+    Raises `UserError` where there is none.
+    """
+    content = _read_arrays(path) if path.suffix == ".npz" else read_tensors(path, _CPU)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} does not hold the reference's weights: it is no state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} does not hold the reference's weights: {name!r} is no tensor")
+    return content
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    prefix = "state/"
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return {
-                    name.removeprefix("state/"): arrays[name]
-                    for name in arrays.files
-                    if name.startswith("state/")
-                }
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with np.load(path, allow_pickle=False) as arrays:
+            return {
+                name.removeprefix(prefix): torch.from_numpy(arrays[name])
+                for name in arrays.files
+                if name.startswith(prefix)
+            }
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except Exception as error:
-        raise UserError(f"{path} does not hold the reference's weights: {error}") from error
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged, or no .npz file of arrays: {reason}") from None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -113,6 +113,9 @@ class Run:
         content = read_tensors(path, device)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
+        missing = {"weights", "average", "optimizer"} - content.keys()
+        if missing or type(content.get("step")) is not int:
+            raise UserError(f"{path} is not a checkpoint: it lacks {min(missing, default='step')}")
         return content
 
 

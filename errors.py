@@ -1,5 +1,6 @@
 """The one exception for mistakes of the user, and how it reaches them."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -9,10 +10,13 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], int]) -> None:
-    """Run a script's ``main`` and exit with its code; a `UserError` becomes one line and code 2."""
+    """Run a script's `main` and exit with its code; a `UserError` becomes one line and code 2."""
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     sys.exit(code)

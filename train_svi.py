@@ -170,19 +170,24 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
+        """Continue from a checkpoint's state; raises `UserError` where it cannot be continued."""
         if state["optimizer"] is None:
             raise UserError("the checkpoint holds weights alone, which cannot be trained further")
         load_weights(self.loss_fn, state["weights"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.svi.optimizer.load_state_dict(state["optimizer"])
-        self.svi.skipped = state["skipped"]
-        torch.set_rng_state(state["cpu_random_state"].cpu())
-        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
+        try:
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.svi.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["cpu_random_state"].cpu())
+            if self.device.type == "cuda" and state["cuda_random_state"] is not None:
+                torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
+            self.svi.skipped = int(state["skipped"])
+            self._minutes_before = float(state["minutes"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint does not hold this run's state of training: {error!r}"
+            ) from None
         self.step = state["step"]
-        self._minutes_before = state["minutes"]
         self._began = time.monotonic()
 
 
@@ -434,10 +439,11 @@ def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code, 128 + the signal's number where one ended the run."""
     arguments = parse_arguments(argv)
-    with pyro.validation_enabled(False), Interruption() as interruption:
+    with pyro.validation_enabled(False):
         training, run = prepare(arguments)
         describe(training, run)
-        run_training(training, run, interruption)
+        with Interruption() as interruption:
+            run_training(training, run, interruption)
     return 0 if interruption.signal is None else 128 + interruption.signal
 
 

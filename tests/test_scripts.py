@@ -828,7 +828,7 @@ def test_resuming_takes_the_run_as_it_is(run_folder: Path, options: list[str]) -
         ("--max-minutes inf", ["--max-minutes", "inf"]),
         ("--dropout 1", ["--dropout", "below 1"]),
         ("--ema -0.5", ["--ema", "at least 0"]),
-        ("--seed -1", ["--seed", "not negative"]),
+        ("--seed -1", ["--seed is -1"]),
         ("--seed 99999999999999999999999", ["--seed"]),
         ("--lr fast", ["--lr", "'fast'"]),
         ("--steps 1.5", ["--steps", "'1.5'"]),
@@ -927,7 +927,7 @@ def test_a_disk_that_fills_up_spoils_nothing(
     pattern = re.escape(name.rpartition("/")[2])
 
     def open_on_full_disk(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        whole = mode == "a" and re.fullmatch(pattern, self.name)
+        whole = mode in ("a", "ab") and re.fullmatch(pattern, self.name)
         temporary = mode == "xb" and re.fullmatch(rf"\.{pattern}\..+\.part", self.name)
         if whole or (temporary and name != "metrics.jsonl"):
             return original(Path("/dev/full"), mode.replace("x", "w"), *args, **kwargs)

@@ -1,0 +1,265 @@
+"""The importance-weighted bound against sums by hand and evidence known in closed form."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from config import Config
+from datasets import ImageSet
+from datasets.images import PackedImages
+from draws import torch_seed
+from elbo import FreeBitsELBO
+from guide import build_ladder
+from importance import Bounds, channel_kl, importance_weighted_bounds, random_index
+
+PIXELS = 64
+SEED = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ladder() -> tuple[Any, Any]:
+    """A small model and guide in evaluation mode, with weights as they are at the start."""
+    torch.manual_seed(0)
+    config = Config(
+        z_dims=[2, 3],
+        downsample=[0, 1],
+        n_filters=4,
+        blocks_per_layer=1,
+        initial_downscaling=False,
+        skip=True,
+    )
+    model, guide = build_ladder(config, (1, 8, 8))
+    return model.eval(), guide.eval()
+
+
+def made_images(n: int) -> ImageSet:
+    pixels = np.random.default_rng(1).integers(0, 2, (n, 1, 8, 8), np.uint8)
+    return PackedImages.pack("made", "test", pixels)
+
+
+def bounds_of(
+    ladder: tuple[Any, Any],
+    images: ImageSet,
+    samples: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int = SEED,
+    index: Tensor | None = None,
+) -> Bounds:
+    if index is None:
+        index = torch.arange(len(images))
+    return importance_weighted_bounds(
+        *ladder, images, index, samples, batch_size=batch_size, seed=seed
+    )
+
+
+def all_tensors(bounds: Bounds) -> list[Tensor]:
+    return [
+        bounds.elbo,
+        bounds.log_likelihood,
+        bounds.kl,
+        *bounds.importance_weighted.values(),
+    ]
+
+
+def set_to_zero(*modules: nn.Module) -> None:
+    for module in modules:
+        for p in module.parameters():
+            nn.init.zeros_(p)
+
+
+# batch_size, samples; then the images to a group and the samples to a chunk that they make
+BLOCKS = [
+    (6, [1, 2, 4], 1, 4),  # all samples of one image at once
+    (2, [1, 3, 5], 1, 2),  # in chunks, the last one smaller
+    (8, [1, 2], 4, 2),  # several images at once, the last group smaller
+    (1, [2, 3], 1, 1),
+    (100, [7], 14, 7),
+]
+
+
+@pytest.mark.parametrize(("batch_size", "samples", "group", "chunk"), BLOCKS)
+def test_bounds_by_hand(
+    ladder: tuple[Any, Any], batch_size: int, samples: list[int], group: int, chunk: int
+) -> None:
+    """The bound at K is logsumexp of the first K log-weights - log K, whatever the blocks are."""
+    model, guide = ladder
+    images = made_images(6)
+    bounds = bounds_of(ladder, images, samples, batch_size=batch_size)
+
+    log_w, log_likelihood, kl = [], [], []  # by image
+    for number, start in enumerate(range(0, 6, group)):
+        x = images.batch(torch.arange(start, min(start + group, 6)))
+        chunks = []
+        for c, done in enumerate(range(0, samples[-1], chunk)):
+            k = min(chunk, samples[-1] - done)
+            torch.manual_seed(torch_seed(SEED, 0, number, c))
+            with torch.no_grad():
+                terms = FreeBitsELBO().compute_terms(model, guide, x.repeat_interleave(k, 0))
+            chunks.append([t.double().unflatten(0, (len(x), k)) for t in (*terms, terms.elbo)])
+        parts = [torch.cat(p, 1) for p in zip(*chunks, strict=True)]
+        log_likelihood.append(parts[0].mean(1))
+        kl.append(parts[1].mean(1))
+        log_w.append(parts[2])
+    w = torch.cat(log_w)
+    assert w.shape == (6, samples[-1])
+    assert list(bounds.importance_weighted) == samples
+    for k in samples:
+        expected = w[:, :k].logsumexp(1) - math.log(k)
+        assert_close(bounds.importance_weighted[k], expected, rtol=1e-5, atol=1e-5)
+    assert_close(bounds.elbo, w.mean(1), rtol=1e-5, atol=1e-5)
+    assert_close(bounds.log_likelihood, torch.cat(log_likelihood), rtol=1e-5, atol=1e-5)
+    assert_close(bounds.kl, torch.cat(kl), rtol=1e-4, atol=1e-5)
+    assert {t.dtype for t in all_tensors(bounds)} == {torch.float64}
+
+
+def test_every_smaller_k_comes_out_of_the_same_pass(ladder: tuple[Any, Any]) -> None:
+    """Asking for more bounds changes none of them."""
+    images = made_images(3)
+    alone = bounds_of(ladder, images, [6], batch_size=4)
+    many = bounds_of(ladder, images, [1, 2, 3, 5, 6], batch_size=4)
+    assert torch.equal(alone.importance_weighted[6], many.importance_weighted[6])
+    assert torch.equal(alone.elbo, many.elbo)
+
+
+def test_elbo_is_the_log_likelihood_less_the_kl(ladder: tuple[Any, Any]) -> None:
+    bounds = bounds_of(ladder, made_images(5), [3], batch_size=4)
+    assert torch.equal(bounds.elbo, bounds.log_likelihood - bounds.kl.sum(1))
+
+
+def test_the_same_blocks_give_the_same_digits(ladder: tuple[Any, Any]) -> None:
+    """Figures depend on the seed, and not on the global random state, which stays as it is."""
+    images = made_images(5)
+    first = bounds_of(ladder, images, [1, 4], batch_size=6)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    again = bounds_of(ladder, images, [1, 4], batch_size=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, all_tensors(first), all_tensors(again)))
+    other = bounds_of(ladder, images, [1, 4], batch_size=6, seed=SEED + 1)
+    assert not any(map(torch.equal, all_tensors(first), all_tensors(other)))
+
+
+def test_blocks_of_another_size_change_the_noise_alone(ladder: tuple[Any, Any]) -> None:
+    """Means over seeds agree within four standard errors."""
+    images = made_images(4)
+    figures = []
+    for batch_size in (3, 20):
+        runs = [bounds_of(ladder, images, [1, 5], batch_size=batch_size, seed=s) for s in range(30)]
+        figures.append(
+            torch.stack([torch.stack([t.mean() for t in all_tensors(run)]) for run in runs])
+        )
+    assert not torch.equal(figures[0], figures[1])
+    difference = figures[0].mean(0) - figures[1].mean(0)
+    error = ((figures[0].var(0) + figures[1].var(0)) / 30).sqrt()
+    assert (difference.abs() < 4 * error).all()
+
+
+def test_images_keep_the_order_of_the_index(ladder: tuple[Any, Any]) -> None:
+    model, guide = ladder
+    set_to_zero(guide.top_posterior, *(p.conv for p in guide.posteriors), *model.priors)
+    nn.init.zeros_(model.likelihood.conv.weight)
+    nn.init.ones_(model.likelihood.conv.bias)  # so that the score is known from the pixels
+    images = made_images(9)
+    index = torch.tensor([7, 0, 3, 3, 8])
+    bounds = bounds_of(ladder, images, [2], batch_size=4, index=index)
+    on = images.batch(index).sum((1, 2, 3)).double()
+    expected = on - PIXELS * math.log(1 + math.e)  # log p(1) = 1 - log(1 + e)
+    assert_close(bounds.importance_weighted[2], expected, rtol=1e-6, atol=1e-4)
+
+
+def test_the_bottom_up_pass_runs_once_for_a_group(ladder: tuple[Any, Any]) -> None:
+    _, guide = ladder
+    sizes: list[int] = []
+    guide.bottom_up.register_forward_hook(lambda module, inputs, y: sizes.append(len(inputs[0])))
+    finished: list[int] = []
+    importance_weighted_bounds(
+        *ladder,
+        made_images(7),
+        torch.arange(7),
+        [1, 3],
+        batch_size=6,
+        seed=0,
+        on_images=finished.append,
+    )
+    assert sizes == finished == [2, 2, 2, 1]
+    sizes.clear()
+    bounds_of(ladder, made_images(3), [10], batch_size=4)
+    assert sizes == [1, 1, 1]
+
+
+def test_a_posterior_equal_to_the_prior_leaves_no_gap(ladder: tuple[Any, Any]) -> None:
+    """With a head of zeros, log p(x) is -64 log 2, and so is the bound at every K."""
+    model, guide = ladder
+    set_to_zero(guide.top_posterior, *(p.conv for p in guide.posteriors), *model.priors)
+    set_to_zero(model.likelihood)
+    bounds = bounds_of(ladder, made_images(4), [1, 2, 7, 50], batch_size=20)
+    evidence = torch.full((4,), -PIXELS * math.log(2), dtype=torch.float64)
+    for bound in (*bounds.importance_weighted.values(), bounds.elbo, bounds.log_likelihood):
+        assert_close(bound, evidence, rtol=0, atol=1e-4)
+    assert_close(bounds.kl, torch.zeros(4, 2).double(), rtol=0, atol=0)
+
+
+def test_importance_weights_are_unbiased_for_a_known_evidence(ladder: tuple[Any, Any]) -> None:
+    """E[w] = p(x) for any posterior, and log p(x) is -64 log 2 with a head of zeros."""
+    model, guide = ladder
+    set_to_zero(model.likelihood)
+    with torch.no_grad():
+        for conv in (guide.top_posterior.conv, *(p.conv for p in guide.posteriors)):
+            conv.weight.mul_(0.2)
+            conv.bias.mul_(0.2)
+            conv.bias[: len(conv.bias) // 2].add_(0.1)  # means off the prior's
+    set_to_zero(*model.priors)
+    bounds = bounds_of(ladder, made_images(200), [1, 16], batch_size=400)
+    evidence = -PIXELS * math.log(2)
+    for bound in bounds.importance_weighted.values():
+        w = (bound - evidence).exp()
+        assert abs(w.mean() - 1) < 4 * w.std() / math.sqrt(len(w))
+    gap = {k: evidence - bound.mean().item() for k, bound in bounds.importance_weighted.items()}
+    assert bounds.kl.mean(0).min() > 0.1  # the posterior is not the prior
+    assert gap[1] > 2 * gap[16] > 0  # and the bound closes in on the evidence
+
+
+def test_random_index() -> None:
+    """Distinct numbers, fixed by the seed; all of them in order where none is left out."""
+    index = random_index(100, 30, seed=1)
+    assert index.dtype == torch.int64
+    assert len(set(index.tolist())) == 30
+    assert set(index.tolist()) <= set(range(100))
+    assert index.tolist() != sorted(index.tolist())
+    assert torch.equal(index, random_index(100, 30, seed=1))
+    assert torch.equal(index[:10], random_index(100, 10, seed=1))  # fewer are the first of more
+    assert not torch.equal(index, random_index(100, 30, seed=2))
+    for count in (100, 101):
+        assert torch.equal(random_index(100, count, seed=1), torch.arange(100))
+
+
+def test_channel_kl_sums_to_the_analytic_kl(ladder: tuple[Any, Any]) -> None:
+    """Layer by layer, averaged over the images, with the same noise."""
+    model, guide = ladder
+    images = made_images(10)
+    index = torch.tensor([9, 1, 2, 3, 4, 5, 8])
+    torch.manual_seed(7)
+    channels = channel_kl(guide, images, index, batch_size=3)
+    assert [c.shape for c in channels] == [(2,), (3,)]
+    assert all((c > 0).all() for c in channels)
+    torch.manual_seed(7)
+    elbo = FreeBitsELBO(analytic_kl=True)
+    with torch.no_grad():
+        kl = [elbo.compute_terms(model, guide, images.batch(i)).kl for i in index.split(3)]
+    expected = torch.cat(kl).mean(0)
+    assert_close(torch.stack([c.sum() for c in channels]), expected, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ Files appear under their final name only when they are whole. Nothing read from 
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,36 @@ from config import Config
 from errors import UserError
 
 FORMAT = 1
+# What a checkpoint holds besides its format. `average` is None without a moving average, and
+# `optimizer` where there are weights alone.
+STATE = {
+    "step",
+    "weights",
+    "average",
+    "optimizer",
+    "minutes",
+    "skipped",
+    "cpu_random_state",
+    "cuda_random_state",
+}
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON; figures that are not finite, which JSON cannot hold, become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(f"{to_json(value, indent=2)}\n".encode()))
 
 
 @dataclass(frozen=True)
@@ -95,7 +120,7 @@ class Run:
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write the state of training after `step`, and remove all but the newest few."""
-        content = {"format": FORMAT, "step": step} | state
+        content = state | {"format": FORMAT, "step": step}
         write_atomically(self.checkpoint_path(step), lambda file: torch.save(content, file))
         for old in self.checkpoint_steps()[: -self.config.keep_checkpoints]:
             self.checkpoint_path(old).unlink(missing_ok=True)
@@ -113,9 +138,10 @@ class Run:
         content = read_tensors(path, device)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT})")
-        missing = {"weights", "average", "optimizer"} - content.keys()
-        if missing or type(content.get("step")) is not int:
-            raise UserError(f"{path} is not a checkpoint: it lacks {min(missing, default='step')}")
+        if missing := STATE - content.keys():
+            raise UserError(f"{path} is not a checkpoint: it lacks {', '.join(sorted(missing))}")
+        if type(content["step"]) is not int:
+            raise UserError(f"{path} is not a checkpoint: its step is {content['step']!r}")
         return content
 
 
@@ -130,7 +156,7 @@ def read_tensors(path: Path, device: torch.device) -> Any:
         raise UserError(f"there is no file {path}") from None
     except Exception:  # the unpickler's errors are of many kinds, and speak to programmers
         raise UserError(
-            f"{path} is damaged, or not a file of tensors saved by torch.save"
+            f"{path} is damaged or not a checkpoint: it must hold tensors, saved by torch.save"
         ) from None
 
 

@@ -109,27 +109,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="evaluate.py",
         description="Score a trained ladder VAE by importance sampling.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_svi.py")
-    parser.add_argument("--checkpoint", default="last", metavar="STEP", help="step, or last")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="STEP", help="step, or last (default: last)"
+    )
     parser.add_argument(
         "--samples",
         type=int,
         nargs="+",
         default=[1, 100],
         metavar="K",
-        help="numbers of importance samples, rising",
+        help="numbers of importance samples, rising (default: 1 100)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="score N random images, not the whole split"
+        "--limit", type=int, metavar="N", help="score N random images (default: the whole split)"
     )
-    parser.add_argument("--split", default="test", choices=datasets.SPLITS, help="images to score")
+    parser.add_argument(
+        "--split", default="test", choices=datasets.SPLITS, help="images to score (default: test)"
+    )
     parser.add_argument(
         "--average",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="use the moving average of the weights where the run has one",
+        help="use the moving average of the weights where the run has one (default: yes)",
     )
     parser.add_argument(
         "--batch-size",
@@ -137,13 +140,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="images times samples per pass (default: the run's --test-batch-size)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and of --limit's choice")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the noise and of --limit's choice (default: 0)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="where the data sets are kept, also LVAE_DATA in the environment",
+        help="where the data sets are kept (default: LVAE_DATA in the environment, or data/)",
     )
     arguments = parser.parse_args(argv)
     check_arguments(arguments)
@@ -161,8 +168,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if arguments.seed < 0:
-        raise UserError(f"--seed is {arguments.seed}; it must not be negative")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed is {arguments.seed}; it must be at least 0 and below 2**63")
     checkpoint = arguments.checkpoint
     if checkpoint != "last" and not checkpoint.isdecimal():
         raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, or last")

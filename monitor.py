@@ -11,7 +11,8 @@ from typing import Any, Self
 from torch import Tensor
 from tqdm import tqdm
 
-from atomic import write_atomically
+from atomic import write_atomically, writing
+from checkpoint import to_json
 from errors import UserError
 from pictures import write_png
 
@@ -42,11 +43,12 @@ class Monitor:
         # TensorBoard takes a second to import, and a dry run has no need of it.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / "metrics.jsonl"
+        path = self._metrics_path = folder / "metrics.jsonl"
         kept = _entries_until(path, first_step)
         write_atomically(path, lambda file: file.write(kept.encode()))
         try:
-            self._metrics = path.open("a")
+            # Without a buffer, so that an entry that does not fit on the disk fails here.
+            self._metrics = path.open("ab", buffering=0)
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
@@ -87,8 +89,8 @@ class Monitor:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         entry = {"step": step, "time": round(time.time(), 3)} | dict(values)
-        self._metrics.write(json.dumps(entry) + "\n")
-        self._metrics.flush()
+        with writing(self._metrics_path):
+            self._metrics.write(f"{to_json(entry)}\n".encode())
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         """Show a picture (3, H, W) in [0, 1] and keep it as `images/NAME-STEP.png`."""

@@ -40,12 +40,16 @@ def sample_grid(images: Tensor, columns: int) -> Tensor:
 
 def reconstruction_grid(x: Tensor, reconstructed: Tensor, columns: int) -> Tensor:
     """Rows of images in turn with rows of their reconstructions below them."""
-    rows = [
-        row
-        for pair in zip(x.split(columns), reconstructed.split(columns), strict=True)
-        for row in pair
-    ]
+    columns = min(columns, len(x))
+    rows = []
+    for row in zip(x.split(columns), reconstructed.split(columns), strict=True):
+        rows += [_fill(images, columns) for images in row]
     return sample_grid(torch.cat(rows), columns)
+
+
+def _fill(images: Tensor, columns: int) -> Tensor:
+    """A last row made whole with empty images, so that what comes next starts a row."""
+    return torch.cat([images, images.new_zeros(columns - len(images), *images.shape[1:])])
 
 
 def write_png(path: Path, picture: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import datasets
-from checkpoint import Run, read_tensors
+from checkpoint import STATE, Run, read_tensors
 from config import Config, OneLineParser, add_options, config_from
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
@@ -198,7 +198,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         raise UserError(f"there is no file {path}") from None
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged, or no .npz file of arrays: {reason}") from None
+        raise UserError(f"{path} is damaged or not an .npz file of arrays: {reason}") from None
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run.create(arguments.out, config, image_shape)
     weights = FreeBitsELBO()(model, guide).state_dict()
     # Weights alone: they can be evaluated, not trained further.
-    run.save_checkpoint(arguments.step, {"weights": weights, "average": None, "optimizer": None})
+    run.save_checkpoint(arguments.step, dict.fromkeys(STATE) | {"weights": weights})
     print(f"run folder {run.path}; score it with: python evaluate.py {run.path}")
     return 0
 

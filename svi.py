@@ -75,9 +75,9 @@ class SVI:
 
     Args:
         clip_norm: the gradient is clipped to this global norm; 0 for never.
-        skip_norm: an update whose gradient norm is above this, or not finite, is left out and
-            counted in `skipped`; 0 for never. (The decision is the host's, so that each step waits
-            for the device.)
+        skip_norm: a step whose gradient norm is above this, or not finite, is undone (weights and
+            batch-norm statistics stay as they were) and counted in `skipped`; 0 for never. The
+            decision is the host's, so that each step waits for the device.
         average: is updated after each step, where there is one.
     """
 
@@ -98,17 +98,22 @@ class SVI:
         self.average = average
         self.skipped = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._buffers = list(loss_fn.buffers())
         self._totals: Tensor | None = None
         self._steps = 0
 
     def step(self, x: Tensor) -> Tensor:
         """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included."""
+        # A forward pass that is not finite would stay in the batch-norm statistics.
+        statistics = [buffer.clone() for buffer in self._buffers] if self.skip_norm else []
         loss = self.loss_fn(x) / len(x)
         loss.backward()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients)
         if self.skip_norm and not norm <= self.skip_norm:  # written so that nan is skipped
             self.skipped += 1
+            for buffer, before in zip(self._buffers, statistics, strict=True):
+                buffer.copy_(before)
         else:
             if self.clip_norm:
                 clip_grads_with_norm_(self._parameters, self.clip_norm, norm)

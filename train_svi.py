@@ -226,25 +226,27 @@ class Logger:
         training = self.training
         rate = self._images_per_second()
         means = training.svi.read()
+        values = {
+            "train/learning_rate": training.svi.optimizer.param_groups[0]["lr"],
+            "train/kl_weight": training.svi.elbo.kl_weight,
+            "train/images_per_second": rate,
+            "train/skipped_updates": training.svi.skipped,
+        }
         if means is not None:
-            values = {
+            values |= {
                 "train/loss": means.loss,
                 "train/negative_elbo": means.negative_elbo,
                 "train/reconstruction": -means.log_likelihood,
                 "train/kl": sum(means.kl),
                 "train/gradient_norm": means.grad_norm,
-                "train/learning_rate": training.svi.optimizer.param_groups[0]["lr"],
-                "train/kl_weight": training.svi.elbo.kl_weight,
-                "train/images_per_second": rate,
-                "train/skipped_updates": training.svi.skipped,
             }
             values |= by_layer("train_kl", means.kl)
-            self.monitor.scalars(training.step, values)
-            if not self.monitor.shows_bar:
-                self.monitor.say(
-                    f"step {training.step}: ELBO {-means.negative_elbo:.2f} nats, "
-                    f"{rate:.0f} images/s"
-                )
+        self.monitor.scalars(training.step, values)
+        if not self.monitor.shows_bar:
+            elbo = (
+                "all updates skipped" if means is None else f"ELBO {-means.negative_elbo:.2f} nats"
+            )
+            self.monitor.say(f"step {training.step}: {elbo}, {rate:.0f} images/s")
         self._restart_clock()
 
     def evaluation(self, interruption: Interruption) -> None:
@@ -374,7 +376,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/...)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in RUN")
     parser.add_argument("--dry-run", action="store_true", help="write nothing to disk")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument(
         "--nocuda", dest="device", action="store_const", const="cpu", help="same as --device cpu"
     )

@@ -46,7 +46,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"n_filters": 0}, "--nfilters is 0; it must be at least 1"),
     ({"blocks_per_layer": -1}, "--blocks-per-layer is -1; it must be at least 1"),
     ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
-    ({"seed": -1}, "--seed is -1; it must be finite and not negative"),
+    ({"seed": -1}, "--seed is -1; it must be at least 0 and below 2**63"),
     ({"free_bits": -0.5}, "--freebits is -0.5; it must be finite and not negative"),
     ({"free_bits": math.nan}, "--freebits is nan; it must be finite and not negative"),
     ({"free_bits": math.inf}, "--freebits is inf; it must be finite and not negative"),

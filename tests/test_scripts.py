@@ -47,7 +47,10 @@ def words(line: str) -> list[str]:
 ROOT = Path(__file__).parent.parent
 NAMES = datasets.NAMES
 LADDER = words("--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4")
-TINY = [*LADDER, *words("--batch-size 32 --test-batch-size 297 --device cpu")]
+TINY = [
+    *LADDER,
+    *words("--batch-size 32 --test-batch-size 297 --lr 0.003 --beta-anneal 0 --device cpu"),
+]
 
 # The example of the reference implementation's README.
 REFERENCE_COMMAND = words("""

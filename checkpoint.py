@@ -61,9 +61,16 @@ class Run:
     path: Path
     config: Config
     image_shape: tuple[int, int, int]
+    provenance: dict[str, Any]  # code and machine that the run began with
 
     @classmethod
-    def create(cls, path: Path, config: Config, image_shape: tuple[int, int, int]) -> "Run":
+    def create(
+        cls,
+        path: Path,
+        config: Config,
+        image_shape: tuple[int, int, int],
+        provenance: dict[str, Any],
+    ) -> "Run":
         """Begin a run in a new or empty folder; raises `UserError` for any other."""
         if (path / "config.json").exists():
             raise UserError(
@@ -72,7 +79,7 @@ class Run:
             )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} is not an empty folder; give a new folder to --out")
-        run = cls(path, config, image_shape)
+        run = cls(path, config, image_shape, provenance)
         run.write_config()
         return run
 
@@ -99,7 +106,10 @@ class Run:
             config = Config.from_dict(content.get("config"))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
-        return cls(path, config, (shape[0], shape[1], shape[2]))
+        provenance = content.get("provenance")
+        if not isinstance(provenance, dict):
+            raise UserError(f"{file}: provenance must be an object")
+        return cls(path, config, (shape[0], shape[1], shape[2]), provenance)
 
     def write_config(self) -> None:
         """Write config.json, as it is now."""
@@ -107,6 +117,7 @@ class Run:
             "format": FORMAT,
             "image_shape": list(self.image_shape),
             "config": self.config.to_dict(),
+            "provenance": self.provenance,
         }
         write_json(self.path / "config.json", content)
 

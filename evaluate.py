@@ -210,6 +210,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "batch_size": batch_size,
         "layers": len(run.config.z_dims),
         "parameters": count_parameters(trained.model, trained.guide),
+        "trained": run.provenance,
         "provenance": provenance(device),
     }
     folder = run.path / "eval" / str(trained.step)

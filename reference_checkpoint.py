@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     image_shape = datasets.image_shape(config.dataset)
     model, guide = build_ladder(config, image_shape)
     load_reference_state(model, guide, read_weights(arguments.weights))
-    run = Run.create(arguments.out, config, image_shape)
+    run = Run.create(arguments.out, config, image_shape, {"imported_from": arguments.weights.name})
     weights = FreeBitsELBO()(model, guide).state_dict()
     # Weights alone: they can be evaluated, not trained further.
     run.save_checkpoint(arguments.step, dict.fromkeys(STATE) | {"weights": weights})

@@ -35,6 +35,7 @@ from importance import channel_kl, importance_weighted_bounds, random_index
 from monitor import Monitor
 from networks import count_parameters, data_dependent_init
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid
+from provenance import provenance
 from schedule import Length, kl_weight, learning_rate
 from svi import SVI, MovingAverage
 
@@ -437,7 +438,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
     if arguments.dry_run:
         return training, None
     path = arguments.out or default_folder(config, arguments.preset)
-    return training, Run.create(path, config, training.images.shape)
+    return training, Run.create(path, config, training.images.shape, provenance(device))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

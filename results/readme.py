@@ -48,8 +48,15 @@ def figure(metrics: dict[str, Any], key: str) -> str:
 
 def source(metrics: dict[str, Any]) -> str:
     """Where a metrics.json comes from, in a few words."""
-    origin = metrics.get("provenance")
-    return f"{origin['machine']}, commit {origin['commit']}" if origin else ""
+    if not metrics:
+        return ""
+    scored, trained = metrics["provenance"], metrics["trained"]
+    if trained.get("commit") in (None, scored["commit"]):
+        return f"{scored['machine']}, commit {scored['commit']}"
+    return (
+        f"{trained['machine']}, commit {trained['commit']}; "
+        f"scored on {scored['machine']}, commit {scored['commit']}"
+    )
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -32,6 +32,7 @@ def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "iw": {"1": 81.4, "100": 79.0},
         "standard_error": {"elbo": 0.25, "1": 0.3, "100": 0.25},
         "bits_per_dim": {"elbo": 0.15, "1": 0.15, "100": 0.145},
+        "trained": {"machine": "a machine", "commit": "abc"},
         "provenance": {"machine": "a machine", "commit": "abc"},
     }
 

@@ -10,15 +10,13 @@ Ctrl-C finishes the step, writes a checkpoint and exits.
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pyro
 import torch
@@ -32,6 +30,7 @@ from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import build_ladder
 from importance import channel_kl, importance_weighted_bounds, random_index
+from interruption import Interrupted, Interruption
 from monitor import Monitor
 from networks import count_parameters, data_dependent_init
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid
@@ -56,40 +55,6 @@ CHANGEABLE = {
 
 # A channel counts as active where its KL, averaged over images, is above this many nats.
 ACTIVE_KL = 0.01
-
-
-class Interruption:
-    """Notes the first SIGINT or SIGTERM, for the run to end in order; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> Self:
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
-
-    def check(self, _: int = 0) -> None:
-        """Raise `Interrupted` once a signal has come."""
-        if self.signal is not None:
-            raise Interrupted
-
-
-class Interrupted(Exception):  # noqa: N818 (no error)
-    """An evaluation was broken off by a signal."""
 
 
 class Training:

@@ -1,7 +1,7 @@
 """The importance-weighted bound against sums by hand and evidence known in closed form."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,6 @@ from importance import Bounds, channel_kl, importance_weighted_bounds, random_in
 
 PIXELS = 64
 SEED = 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -27,14 +26,6 @@ SMALL: dict[str, Any] = {
     "skip": True,
     "learn_top_prior": True,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_loss(free_bits: float = 0.0, **options: Any) -> Any:

@@ -199,7 +199,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             arguments.samples,
             batch_size=batch_size,
             seed=arguments.seed,
-            on_images=lambda count: bar.update(count) and None,
+            on_images=bar.update,
         )
     results = metrics(bounds, math.prod(images.shape)) | {
         "dataset": images.name,

@@ -43,7 +43,7 @@ def importance_weighted_bounds(
     *,
     batch_size: int,
     seed: int,
-    on_images: Callable[[int], None] = lambda count: None,
+    on_images: Callable[[int], object] = lambda count: None,
 ) -> Bounds:
     """The bounds of the images at `index` (N,), for each K in `samples` (rising).
 

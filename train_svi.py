@@ -312,15 +312,17 @@ def run_training(training: Training, run: Run | None, interruption: Interruption
             monitor.configuration(config.to_dict(), f"{logger.split}/negative_elbo")
         training.loss_fn.train()
         try:
-            while not training.finished:
+            finished = False
+            while not finished:
                 training.take_step()
+                finished = training.finished  # asked once: with --max-minutes it may change
                 logger.progress()
                 if is_due(training.step, config.tr_log_interv):
                     logger.training_entry()
-                if is_due(training.step, config.ckpt_interv) or training.finished:
+                if is_due(training.step, config.ckpt_interv) or finished:
                     save()
                 interruption.check()
-                if is_due(training.step, config.ts_log_interv) or training.finished:
+                if is_due(training.step, config.ts_log_interv) or finished:
                     logger.evaluation(interruption)
                 if is_due(training.step, config.ll_interv):
                     logger.bound(interruption)

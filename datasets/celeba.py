@@ -29,6 +29,8 @@ from .mapped import open_mapped, write_mapped
 SHAPE: Shape = (3, 64, 64)
 BINARY = False
 COUNTS = {"train": 162_770, "valid": 19_867, "test": 19_962}  # in the order of their numbers
+# What reading a damaged picture or archive raises.
+_UNUSABLE = (KeyError, OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error)
 _IMAGES, _PARTITION = "img_align_celeba", "list_eval_partition.txt"
 _SIZE = (178, 218)  # of a published image, width and height
 _CROP = (15, 35, 163, 183)  # its central 148x148: left, top, right, bottom
@@ -85,17 +87,13 @@ def _prepared(folder: Path, names: list[str]) -> Iterator[np.ndarray]:
             try:
                 with open_image(name) as file:
                     image = _crop(file)
-            # Whatever a damaged picture or archive raises, OSError among it.
-            except (KeyError, OSError, SyntaxError, ValueError, *_BAD_ARCHIVE) as error:
+            except _UNUSABLE as error:
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"image {name} in {folder / _IMAGES} cannot be used ({reason}): put the "
                     f"published {_IMAGES}.zip into {folder}"
                 ) from error
             yield image
-
-
-_BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error)
 
 
 @contextmanager

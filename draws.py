@@ -8,10 +8,19 @@ splits and resumed runs need the promise, so the last step is made here.
 import numpy as np
 
 
+def words(count: int, seed: int, *key: int) -> np.ndarray:
+    """``count`` uint64 draws, all 64 bits random."""
+    return np.random.PCG64(_sequence(seed, key)).random_raw(count)
+
+
 def uniform(count: int, seed: int, *key: int) -> np.ndarray:
     """``count`` float64 draws, uniform on [0, 1)."""
-    raw = np.random.PCG64(_sequence(seed, key)).random_raw(count)
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return (words(count, seed, *key) >> np.uint64(11)) * 2.0**-53
+
+
+def integers(below: int, count: int, seed: int, *key: int) -> np.ndarray:
+    """``count`` whole numbers from 0 to ``below`` - 1, int64."""
+    return (uniform(count, seed, *key) * below).astype(np.int64)
 
 
 def permutation(count: int, seed: int, *key: int) -> np.ndarray:

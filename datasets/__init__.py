@@ -1,6 +1,6 @@
 """Image data sets: each is downloaded and checked once, then read on the training device.
 
-A new data set is a module with a ``SHAPE`` and a ``load``, and one line in `_MODULES`.
+A new data set is a module with a ``SHAPE``, ``BINARY`` and a ``load``, and one line in `_MODULES`.
 """
 
 from pathlib import Path
@@ -8,25 +8,30 @@ from typing import Protocol
 
 from errors import UserError
 
-from . import digits, mnist, static_mnist
+from . import celeba, cifar10, digits, mnist, multi_dsprites, static_mnist, svhn
 from .batches import TrainingBatches
 from .images import ImageSet, Shape
 
-__all__ = ["NAMES", "SPLITS", "ImageSet", "TrainingBatches", "image_shape", "load"]
+__all__ = ["NAMES", "SPLITS", "ImageSet", "TrainingBatches", "image_shape", "is_binary", "load"]
 
 
 class _Module(Protocol):
     """What the module of a data set offers."""
 
     SHAPE: Shape
+    BINARY: bool
 
     def load(self, split: str, data_dir: Path) -> ImageSet: ...
 
 
 _MODULES: dict[str, _Module] = {
+    "celeba": celeba,
+    "cifar10": cifar10,
     "digits": digits,
     "mnist": mnist,
+    "multi_dsprites": multi_dsprites,
     "static_mnist": static_mnist,
+    "svhn": svhn,
 }
 
 NAMES = tuple(_MODULES)
@@ -34,12 +39,15 @@ SPLITS = ("train", "valid", "test", "train+valid")
 
 
 def load(name: str, split: str, data_dir: str | Path) -> ImageSet:
-    """One split of a data set, in main memory; downloaded into ``data_dir`` the first time.
+    """One split of a data set, in main memory; put into ``data_dir`` the first time.
+
+    ``celeba`` is memory-mapped: it is read from its file, and only batches of it move to a GPU.
 
     Args:
         name: one of `NAMES`.
         split: one of `SPLITS`.
-        data_dir: an existing folder that holds ``NAME.npz``, or will. ``digits`` does not use it.
+        data_dir: the folder that holds ``NAME.npz`` (``celeba.npy``), or will; ``digits`` does
+            not use it.
 
     Raises:
         UserError: there is no such data set or split, or its file cannot be had or is damaged.
@@ -57,6 +65,17 @@ def image_shape(name: str) -> Shape:
         UserError: there is no such data set.
     """
     return _module(name).SHAPE
+
+
+def is_binary(name: str) -> bool:
+    """Whether a data set's pixels are 0 or 1, for which a Bernoulli likelihood suits.
+
+    The others have 256 levels, for which a discretized likelihood suits.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    return _module(name).BINARY
 
 
 def _module(name: str) -> _Module:

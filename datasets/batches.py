@@ -52,6 +52,6 @@ class TrainingBatches:
         return self.images.batch(self._order[start : start + self.batch_size], self._generator)
 
     def _shuffle(self, epoch: int) -> Tensor:
-        # Kept on the device for the whole epoch, so that a step costs one slice of it.
+        # Kept there for the whole epoch, so that a step costs one slice of it.
         order = draws.permutation(len(self.images), self.seed, _ORDER, epoch)
-        return torch.from_numpy(order).to(self.images.device)
+        return torch.from_numpy(order).to(self.images.index_device)

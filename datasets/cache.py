@@ -30,11 +30,21 @@ class _UnexpectedError(Exception):
     """Arrays are not those of the data set; the message says in what."""
 
 
+def sha256_of_values(array: np.ndarray) -> str:
+    """SHA-256 of the values of a uint8 array in C order."""
+    return hashlib.sha256(array.data).hexdigest()
+
+
 class Contents(NamedTuple):
-    """What an array of a data set must be: its shape and the SHA-256 of its uint8 values."""
+    """What a uint8 array of a data set must be: its shape, and the SHA-256 that ``digest`` makes.
+
+    Where ``sha256`` is None the values are not known beforehand, and the check sum that an npz
+    file has of each of its arrays is the only one.
+    """
 
     shape: tuple[int, ...]
-    sha256: str
+    sha256: str | None
+    digest: Callable[[np.ndarray], str] = sha256_of_values
 
 
 def load_arrays(
@@ -42,16 +52,19 @@ def load_arrays(
     expected: Mapping[str, Contents],
     names: Iterable[str],
     make: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    compress: bool = True,
 ) -> dict[str, np.ndarray]:
     """The uint8 arrays ``names`` out of the file ``path``, checked against ``expected``.
 
     If there is no such file, ``make`` is called for all the arrays, which are checked and
-    written there first.
+    written there first; without ``compress`` where that would gain little room and make
+    loading slow.
 
     Raises:
         UserError: the file is not what is expected, or cannot be read or written.
     """
-    with _reading(path):
+    with reading(path):
         missing = not path.exists()
     if missing:
         with writing(path):
@@ -62,24 +75,22 @@ def load_arrays(
             raise UserError(
                 f"{path} was not made: {error}, which is not what is published"
             ) from error
-        _write(path, made)
+        _write(path, made, np.savez_compressed if compress else np.savez)
     return _read(path, {name: expected[name] for name in names})
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+def _write(path: Path, arrays: Mapping[str, np.ndarray], save: Callable[..., None]) -> None:
+    write_atomically(path, lambda file: save(file, allow_pickle=False, **arrays))
 
 
 def _read(path: Path, expected: Mapping[str, Contents]) -> dict[str, np.ndarray]:
-    # A folder would be told to be deleted, with all that is in it.
-    if path.is_dir():
-        raise UserError(f"{path} is a folder where a file is expected: move it away")
+    require_no_folder(path)
     try:
-        with _reading(path), path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             return _checked(_unzip(file, expected), expected)
     except _UnexpectedError as error:
         raise UserError(
-            f"{path} is damaged or another file ({error}): delete it to have it downloaded again, "
+            f"{path} is damaged or another file ({error}): delete it to have it made again, "
             "or put the right one there"
         ) from error
 
@@ -111,17 +122,23 @@ def _checked(
                 f"the array '{name}' is {array.dtype} {array.shape} "
                 f"where uint8 {contents.shape} is expected"
             )
-        sha256 = hashlib.sha256(array.data).hexdigest()
-        if sha256 != contents.sha256:
+        if contents.sha256 is not None and contents.digest(array) != contents.sha256:
             raise _UnexpectedError(
-                f"the array '{name}' has SHA-256 {sha256}, not {contents.sha256}"
+                f"the array '{name}' has SHA-256 {contents.digest(array)}, not {contents.sha256}"
             )
         checked[name] = array
     return checked
 
 
+def require_no_folder(path: Path) -> None:
+    """Raises `UserError` if ``path`` is a folder, which nobody should be told to delete."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder where a file is expected: move it away")
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Turns a failure to read ``path`` into a `UserError`."""
     try:
         yield
     except OSError as error:

@@ -15,6 +15,7 @@ import draws
 from .images import ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 8, 8)
+BINARY = True
 _ROWS = {
     "train": slice(0, 1200),
     "valid": slice(1200, 1500),

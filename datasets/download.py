@@ -50,6 +50,23 @@ def downloaded(url: str, folder: Path, md5: str) -> Iterator[Path]:
         yield Path(file.name)
 
 
+@contextmanager
+def published(url: str, folder: Path, md5: str) -> Iterator[Path]:
+    """The file of that name that the user has put into ``folder``, or else `downloaded`.
+
+    Raises:
+        DownloadError: it cannot be fetched whole, or its MD5 is not ``md5``.
+        UserError: the user's file is not the published one, or ``folder`` cannot be written in.
+    """
+    own = folder / url.rpartition("/")[2]
+    if own.exists():
+        require_md5(own, md5)
+        yield own
+    else:
+        with downloaded(url, folder, md5) as file:
+            yield file
+
+
 def require_md5(path: Path, md5: str) -> None:
     """Checks a file that the user has put there.
 

@@ -31,6 +31,12 @@ class ImageSet(ABC):
 
     @property
     def device(self) -> torch.device:
+        """Where `batch` delivers images."""
+        return self._stored.device
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where `batch` finds its index without waiting for a copy of it."""
         return self._stored.device
 
     def to(self, device: torch.device | str) -> Self:
@@ -43,6 +49,7 @@ class ImageSet(ABC):
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The images at ``index`` (B,) int64: float32 (B, C, H, W) in [0, 1], on `device`.
 
+        ``index`` may lie on `device` or on `index_device`.
         ``generator``, on the same device, is where images that are drawn anew at each reading
         take their noise from; fixed images do not use it.
         """
@@ -81,3 +88,48 @@ class DynamicallyBinarizedImages(ImageSet):
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(self._stored[index].float() / 255, generator=generator)
+
+
+class ColourImages(ImageSet):
+    """Images of 256 levels to the channel: level / 255, the same at each reading.
+
+    ``stored`` is uint8 (N, H, W, C), as picture files and NumPy have them.
+    """
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return _unit_levels(self._stored[index])
+
+
+class MappedImages(ColourImages):
+    """Colour images in a memory-mapped file, which may be larger than a GPU's or the main memory.
+
+    ``stored`` is as for `ColourImages`, and its memory the file's. It stays where it is: `to`
+    changes where batches are delivered, and `batch` reads its rows on the host and sends them.
+    """
+
+    def __init__(self, name: str, split: str, shape: Shape, stored: Tensor) -> None:
+        super().__init__(name, split, shape, stored)
+        self._device = stored.device
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def to(self, device: torch.device | str) -> Self:
+        moved = copy.copy(self)
+        # A tensor there tells "cuda" from "cuda:0", as it does for other image sets.
+        moved._device = torch.empty(0, device=device).device
+        return moved
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        rows = self._stored[index.to(self.index_device)]
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # without which the copy would halt the GPU's queue
+        return _unit_levels(rows.to(self.device, non_blocking=True))
+
+
+def _unit_levels(rows: Tensor) -> Tensor:
+    """uint8 (B, H, W, C) as float32 (B, C, H, W), level / 255."""
+    levels = rows.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    # By a number, CUDA divides as multiplication with its reciprocal: the last bit would differ.
+    return levels.div_(torch.full((), 255.0, device=levels.device))

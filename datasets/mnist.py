@@ -21,6 +21,7 @@ from .download import NETWORK_ERRORS, require_md5
 from .images import DynamicallyBinarizedImages, ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 28, 28)
+BINARY = True
 CONTENTS = {
     "train": Contents(
         (60000, 28, 28), "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757"

@@ -19,6 +19,7 @@ from .download import DownloadError, downloaded, require_md5
 from .images import ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 28, 28)
+BINARY = True
 URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
 MD5 = {
     "binarized_mnist_train.amat": "db28b1a6ae0fe70cbd3da91acf46e477",

@@ -1,19 +1,13 @@
 """Data sets on small made files in the official formats, served from this machine."""
 
 import errno
-import gzip
-import hashlib
+import io
 import os
 import pathlib
-import shutil
-import socket
-import struct
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -23,12 +17,25 @@ import torch
 
 import datasets
 import draws
-from datasets import ImageSet, TrainingBatches, mnist, static_mnist
-from datasets.cache import Contents
+from datasets import ImageSet, TrainingBatches, cifar10, mnist, static_mnist, svhn
 from datasets.images import DynamicallyBinarizedImages, PackedImages
 from errors import UserError
+from tests.made_data import (
+    Made,
+    Server,
+    contents,
+    everything,
+    forbid_network,
+    make_cifar10,
+    make_mnist,
+    make_static_mnist,
+    make_svhn,
+    packed_sha256,
+    refusal,
+    serving,
+)
 
-DOWNLOADED = {"static_mnist": static_mnist, "mnist": mnist}
+DOWNLOADED = {"static_mnist": static_mnist, "mnist": mnist, "cifar10": cifar10, "svhn": svhn}
 
 # The fixed draws: a change of any of these is a change of the data sets.
 PINNED_PERMUTATION = [3, 2, 1, 6, 0, 7, 4, 5]
@@ -46,175 +53,86 @@ PINNED_MNIST = {
 }
 
 
-# --- Small data sets in the official formats, and a server for them ---
+# --- Small data sets in the official formats ---
 
-
-class Server:
-    """Serves ``files`` on the loopback; those in ``cut`` break off halfway."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.cut: set[str] = set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self._head()
-
-            def do_GET(self) -> None:
-                name = self.path.lstrip("/")
-                body = self._head()
-                self.wfile.write(body[: len(body) // 2] if name in owner.cut else body)
-
-            def _head(self) -> bytes:
-                name = self.path.lstrip("/")
-                body = owner.files.get(name, b"")
-                self.send_response(200 if name in owner.files else 404)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                return body
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        return Handler
-
-
-class Made:
-    """A small data set in place of a downloaded one."""
-
-    def __init__(self, server: Server, arrays: dict[str, np.ndarray]) -> None:
-        self.server = server
-        self.arrays = arrays  # what the npz file holds
-        self.files = server.files  # what is published
-
-    def put_by_hand(self, folder: Path) -> None:
-        for name, body in self.files.items():
-            (folder / name).write_bytes(body)
+MAKERS = {
+    "static_mnist": make_static_mnist,
+    "mnist": make_mnist,
+    "cifar10": make_cifar10,
+    "svhn": make_svhn,
+}
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.stop()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
 def made_static_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
-    rng = np.random.default_rng(0)
-    arrays, md5 = {}, {}
-    for split, count in (("train", 7), ("valid", 3), ("test", 5)):
-        bits = rng.integers(0, 2, (count, 784), np.uint8)
-        arrays[split] = np.packbits(bits, axis=1)
-        text = "".join(" ".join(map(str, row)) + "\n" for row in bits.tolist()).encode()
-        server.files[f"binarized_mnist_{split}.amat"] = text
-        md5[f"binarized_mnist_{split}.amat"] = hashlib.md5(text).hexdigest()
-    monkeypatch.setattr(static_mnist, "URL", server.url)
-    monkeypatch.setattr(static_mnist, "MD5", md5)
-    monkeypatch.setattr(static_mnist, "CONTENTS", contents(arrays))
-    return Made(server, arrays)
+    return make_static_mnist(server, monkeypatch)
 
 
 @pytest.fixture
 def made_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
-    from torchvision.datasets import MNIST
-
-    arrays: dict[str, np.ndarray] = {}
-    resources = []
-    for split, prefix, count in (("train", "train", 12), ("test", "t10k", 6)):
-        images = (256 * draws.uniform(count * 784, count)).astype(np.uint8).reshape(-1, 28, 28)
-        labels = np.arange(count, dtype=np.uint8) % 10
-        arrays |= {split: images, f"{split}_labels": labels}
-        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
-            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-            body = gzip.compress(header + values.tobytes(), mtime=0)
-            name = f"{prefix}-{kind}-ubyte.gz"
-            server.files[name] = body
-            resources.append((name, hashlib.md5(body).hexdigest()))
-    monkeypatch.setattr(MNIST, "mirrors", [server.url])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setattr(mnist, "CONTENTS", contents(arrays))
-    monkeypatch.setattr(mnist, "VALID_IMAGES", 4)
-    return Made(server, arrays)
+    return make_mnist(server, monkeypatch)
 
 
-@pytest.fixture(params=DOWNLOADED)
-def made(request: pytest.FixtureRequest) -> tuple[str, Made]:
+@pytest.fixture(params=MAKERS)
+def made(
+    request: pytest.FixtureRequest, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, Made]:
     """The name of each downloaded data set, and its small stand-in."""
-    return request.param, request.getfixturevalue(f"made_{request.param}")
+    return request.param, MAKERS[request.param](server, monkeypatch)
 
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", forbidden)
-
-
-def contents(arrays: dict[str, np.ndarray]) -> dict[str, Contents]:
-    return {
-        name: Contents(array.shape, hashlib.sha256(array.tobytes()).hexdigest())
-        for name, array in arrays.items()
-    }
-
-
-def refusal(call: Callable[[], object]) -> str:
-    """The one line with which ``call`` is refused."""
-    with pytest.raises(UserError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
-
-
-def everything(images: ImageSet) -> np.ndarray:
-    return images.batch(torch.arange(len(images), device=images.device)).numpy()
-
-
-def packed_sha256(images: ImageSet) -> str:
-    rows = everything(images).astype(np.uint8).reshape(len(images), -1)
-    return hashlib.sha256(np.packbits(rows, axis=1).tobytes()).hexdigest()
+    forbid_network(monkeypatch)
 
 
 # --- The registry ---
 
 
 def test_names_splits_and_shapes() -> None:
-    assert datasets.NAMES == ("digits", "mnist", "static_mnist")
+    assert {name: datasets.image_shape(name) for name in datasets.NAMES} == {
+        "celeba": (3, 64, 64),
+        "cifar10": (3, 32, 32),
+        "digits": (1, 8, 8),
+        "mnist": (1, 28, 28),
+        "multi_dsprites": (3, 64, 64),
+        "static_mnist": (1, 28, 28),
+        "svhn": (3, 32, 32),
+    }
     assert datasets.SPLITS == ("train", "valid", "test", "train+valid")
-    assert [datasets.image_shape(n) for n in datasets.NAMES] == [
-        (1, 8, 8),
-        (1, 28, 28),
-        (1, 28, 28),
-    ]
+
+
+def test_binary_sets_are_known() -> None:
+    binary = [name for name in datasets.NAMES if datasets.is_binary(name)]
+    assert binary == ["digits", "mnist", "multi_dsprites", "static_mnist"]
 
 
 def test_an_unknown_name_or_split_lists_what_there_is(tmp_path: Path) -> None:
     for call in (
         lambda: datasets.load("minst", "train", tmp_path),
         lambda: datasets.image_shape("minst"),
+        lambda: datasets.is_binary("minst"),
     ):
         line = refusal(call)
         assert "'minst'" in line
-        assert "digits, mnist, static_mnist" in line
+        assert ", ".join(datasets.NAMES) in line
     line = refusal(lambda: datasets.load("digits", "validation", tmp_path))
     assert "'validation'" in line
     assert "train, valid, test, train+valid" in line
 
 
 def test_importing_the_package_does_not_import_the_heavy_libraries() -> None:
-    command = "import datasets, sys; print(sorted({'sklearn', 'torchvision'} & set(sys.modules)))"
+    heavy = "{'PIL', 'scipy', 'sklearn', 'torchvision', 'tqdm'}"
+    command = (
+        "import torch, sys; before = set(sys.modules); import datasets; "
+        f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    )
     root = Path(__file__).parent.parent
     out = subprocess.run([sys.executable, "-c", command], cwd=root, capture_output=True, check=True)
     assert out.stdout.decode().strip() == "[]"
@@ -292,6 +210,14 @@ def test_each_part_of_a_key_changes_the_draw() -> None:
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 2**32), (2**32,)]
     assert len({draws.torch_seed(*key) for key in keys}) == len(keys)
     assert len({draws.uniform(1, *key).item() for key in keys}) == len(keys)
+
+
+def test_whole_numbers_are_drawn_equally_often() -> None:
+    drawn = draws.integers(7, 70_000, 3, 1)
+    assert drawn.dtype == np.int64
+    counts = np.bincount(drawn)
+    assert len(counts) == 7
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 6 + 4 * 12**0.5
 
 
 def test_bernoulli_draws_have_their_probabilities() -> None:
@@ -471,10 +397,7 @@ def test_a_cached_set_needs_no_network(
     name, _ = made
     first = datasets.load(name, "test", tmp_path)
 
-    def forbidden(*args: Any, **kwargs: Any) -> NoReturn:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", forbidden)
+    forbid_network(monkeypatch)
     before = (tmp_path / f"{name}.npz").read_bytes()
     np.testing.assert_array_equal(
         everything(datasets.load(name, "test", tmp_path)), everything(first)
@@ -492,21 +415,21 @@ def test_arrays_stored_by_column_are_read_by_row(
     np.testing.assert_array_equal(everything(images).reshape(5, 784), bits)
 
 
-def foreign_files(arrays: dict[str, np.ndarray], folder: Path) -> dict[str, bytes]:
-    """Files that are not the cache of ``arrays``, by what is wrong with them."""
+def foreign_files(name: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
+    """Files that are not the cache of the data set ``name``, by what is wrong with them."""
+    save = np.savez if name in ("cifar10", "svhn") else np.savez_compressed
 
     def npz(changed: dict[str, np.ndarray]) -> bytes:
-        np.savez_compressed(folder / "made.npz", allow_pickle=False, **changed)
-        body = (folder / "made.npz").read_bytes()
-        (folder / "made.npz").unlink()
-        return body
+        file = io.BytesIO()
+        save(file, allow_pickle=False, **changed)
+        return file.getvalue()
 
     whole = npz(arrays)
     flipped = arrays["test"].copy()
     flipped.flat[0] ^= 1
     middle = len(whole) // 2
     others = {name: array for name, array in arrays.items() if name != "test"}
-    return {
+    foreign = {
         "no npz file": b"<html>not found</html>",
         "no npz": b"",
         "or a part of one": whole[:-30],
@@ -516,6 +439,9 @@ def foreign_files(arrays: dict[str, np.ndarray], folder: Path) -> dict[str, byte
         "'test' is uint8 (2,": npz(others | {"test": arrays["test"][:2]}),
         "'test' is int64": npz(others | {"test": arrays["test"].astype(np.int64)}),
     }
+    if name == "svhn":  # whose values were never published
+        del foreign["SHA-256"]
+    return foreign
 
 
 def test_a_damaged_or_foreign_file_is_named_and_left_alone(
@@ -523,13 +449,13 @@ def test_a_damaged_or_foreign_file_is_named_and_left_alone(
 ) -> None:
     name, data = made
     path = tmp_path / f"{name}.npz"
-    for wrong, body in foreign_files(data.arrays, tmp_path).items():
+    for wrong, body in foreign_files(name, data.arrays).items():
         path.write_bytes(body)
         # The flipped byte lies in one array or another: all are read between the two splits.
         line = refusal(lambda: [datasets.load(name, s, tmp_path) for s in ("test", "train+valid")])
         assert wrong in line
         assert str(path) in line
-        assert "delete it to have it downloaded again" in line
+        assert "delete it to have it made again" in line
         assert path.read_bytes() == body
 
 
@@ -576,7 +502,7 @@ def test_a_download_that_fails_leaves_nothing(
     line = refusal(lambda: datasets.load(name, "train", tmp_path))
     assert last in line
     assert data.server.url in line
-    if name == "static_mnist":
+    if name != "mnist":
         assert {"cut": "cut after", "wrong": "its MD5 is", "absent": "Not Found"}[failure] in line
     assert list(tmp_path.iterdir()) == []
 
@@ -616,6 +542,7 @@ def test_an_interrupted_write_leaves_nothing(
         names_seen.extend(p.name for p in tmp_path.iterdir())
         raise failure
 
+    monkeypatch.setattr(np, "savez", half_written)
     monkeypatch.setattr(np, "savez_compressed", half_written)
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else UserError
     with pytest.raises(expected) as caught:
@@ -645,8 +572,9 @@ def test_other_files_put_there_by_hand_are_refused(
 ) -> None:
     name, data = made
     data.put_by_hand(tmp_path)
-    first, *_, last = data.files
-    shutil.copyfile(tmp_path / first, tmp_path / last)
+    last = list(data.files)[-1]
+    *start, byte, end = data.files[last]
+    (tmp_path / last).write_bytes(bytes([*start, byte ^ 1, end]))  # also a digit is one then
     line = refusal(lambda: datasets.load(name, "test", tmp_path))
     assert str(tmp_path / last) in line
     assert "MD5" in line

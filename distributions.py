@@ -67,19 +67,33 @@ def _standard_logistic(like: Tensor) -> Tensor:
     return torch.rand_like(like).logit()
 
 
-def _log_bin_mass(centre: Tensor, half: Tensor, value: Tensor) -> Tensor:
-    """Log of the standard logistic's mass in `centre` -+ `half`, the bin of the level `value`.
+# With s the sigmoid, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): a product, so that nothing cancels
+# however small the mass of a bin from a to b, and the first two factors are the masses of the
+# open-ended bins below b and above a.
 
-    With s the sigmoid, s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)): a product, so that nothing
-    cancels however small the mass, and the first two factors are the masses of the open-ended bins.
-    """
-    below_upper = F.logsigmoid(centre + half)
+
+def _bin_mass(centre: Tensor, half: Tensor, value: Tensor) -> Tensor:
+    """The standard logistic's mass in `centre` -+ `half`, the bin of the level `value`."""
+    below_upper = (half + centre).sigmoid()
+    above_lower = (half - centre).sigmoid()
+    inner = below_upper * above_lower * -torch.expm1(-2 * half)
+    return _open_ended(inner, below_upper, above_lower, value)
+
+
+def _log_bin_mass(centre: Tensor, half: Tensor, value: Tensor) -> Tensor:
+    """The logarithm of `_bin_mass`, where that itself would underflow."""
+    below_upper = F.logsigmoid(half + centre)
     above_lower = F.logsigmoid(half - centre)
     # A scale beyond the exponent's range would make this the log of zero.
     width = (2 * half).clamp(min=torch.finfo(half.dtype).tiny)
     inner = below_upper + above_lower + (-torch.expm1(-width)).log()
-    inner = torch.where(value < _HALF_LEVEL, below_upper, inner)
-    return torch.where(value > 1 - _HALF_LEVEL, above_lower, inner)
+    return _open_ended(inner, below_upper, above_lower, value)
+
+
+def _open_ended(inner: Tensor, first: Tensor, last: Tensor, value: Tensor) -> Tensor:
+    """`inner` but for the first and the last level."""
+    inner = torch.where(value < _HALF_LEVEL, first, inner)
+    return torch.where(value > 1 - _HALF_LEVEL, last, inner)
 
 
 class DiscretizedLogistic(TorchDistribution):
@@ -125,14 +139,12 @@ class DiscretizedLogistic(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        return (self._log_mass(value).exp() + 1e-7).log()
+        return (self._mass(value) + 1e-7).log()
 
-    def _log_mass(self, value: Tensor) -> Tensor:
+    def _mass(self, value: Tensor) -> Tensor:
         inverse_scale = (-self.log_scale).exp()
-        centre = (value * _LAST + 0.5) / LEVELS
-        return _log_bin_mass(
-            (centre - self.loc) * inverse_scale, 0.5 / LEVELS * inverse_scale, value
-        )
+        centre = value * (_LAST / LEVELS) + 0.5 / LEVELS
+        return _bin_mass((centre - self.loc) * inverse_scale, 0.5 / LEVELS * inverse_scale, value)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -155,7 +167,7 @@ class DiscretizedLogistic(TorchDistribution):
         # Level by level: all at once would take 256 times the memory of an image.
         total = torch.zeros_like(self.loc)
         for level in torch.arange(LEVELS, dtype=self.loc.dtype, device=self.loc.device) / _LAST:
-            total = total + self._log_mass(level).exp() * function(level)
+            total = total + self._mass(level) * function(level)
         return total
 
     @property
@@ -163,7 +175,7 @@ class DiscretizedLogistic(TorchDistribution):
         """The most probable level: that of `loc`, or an open-ended one where that has more mass."""
         inner = (self.loc * LEVELS).floor().clamp(1, _LAST - 1) / _LAST
         candidates = torch.stack([torch.zeros_like(inner), inner, torch.ones_like(inner)])
-        best = self._log_mass(candidates).argmax(0, keepdim=True)
+        best = self._mass(candidates).argmax(0, keepdim=True)
         return candidates.gather(0, best).squeeze(0)
 
 

@@ -198,8 +198,9 @@ def test_each_coefficient_weighs_its_colour() -> None:
 
 def test_channels_are_laid_out_as_in_pixelcnn() -> None:
     """Logits; then for each colour locations, log-scales and coefficients."""
-    channels = torch.linspace(-9, 9, 100).view(100, 1, 1).expand(2, 100, 3, 4)
+    channels = torch.linspace(9, -9, 100).view(100, 1, 1).expand(2, 100, 3, 4)
     d = DiscretizedLogisticMixture.from_channels(channels)
+    assert (channels[:, 80:90] < -7).any()
     assert_close(d.logits, channels[:, :10])
     for colour in range(3):
         start = 10 + 30 * colour

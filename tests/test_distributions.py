@@ -457,6 +457,17 @@ def test_mixture_mode() -> None:
     assert (d.log_prob(d.mode) >= d.log_prob(d.sample((200,)))).all()
 
 
+def test_layout_in_memory_changes_nothing() -> None:
+    """Channels last, as convolutions may leave them."""
+    channels, value = torch.randn(2, 20, 4, 5), images(2, 3, 4, 5)
+    last = channels.to(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+    of_both = (
+        DiscretizedLogisticMixture.from_channels(c).log_prob(value) for c in (channels, last)
+    )
+    assert torch.equal(*of_both)
+
+
 # Gradients
 
 
@@ -719,7 +730,7 @@ def test_values_are_checked() -> None:
             -0.5: r"values must be in \[0, 1\]; the least is -0.5, the greatest ",
             1.5: r"values must be in \[0, 1\]; the least is .*, the greatest 1.5",
             math.nan: r"values must be in \[0, 1\]",
-            0.3001: r"must be levels k/255 of 8-bit images; 0.3001 and 0 more are between two",
+            0.3001: r"must be levels k/255 of 8-bit images; 1 are between two, such as 0.3001",
         }.items():
             damaged = value.clone()
             damaged[1, 1, 2] = wrong

@@ -123,13 +123,31 @@ def test_evaluation_loss(case: Case) -> None:
 
 def test_prior(case: Case) -> None:
     """The likelihood's parameters that latents from the prior decode to."""
+    decoded = decode_prior(case)
+    keys = {key for key in case.arrays.files if key.startswith("prior/params_")}
+    assert {f"prior/params_{name}" for name in decoded} == keys
+    for name, ours in decoded.items():
+        assert_close(ours, case[f"prior/params_{name}"], rtol=1e-4, atol=1e-5)
+
+
+def decode_prior(case: Case) -> dict[str, Tensor]:
+    """The likelihood's parameters as the reference names them."""
     case.mode(training=False)
     z = {f"z_{i + 1}": value for i, value in enumerate(case.layers("prior/z"))}
     n = len(z["z_1"])
     with torch.no_grad():
         trace = poutine.trace(poutine.condition(case.model, z)).get_trace(n=n)
-    mean = trace.nodes["x"]["fn"].mean
-    assert_close(mean, case["prior/params_mean"], rtol=1e-4, atol=1e-5)
+    fn = trace.nodes["x"]["fn"]
+    match case.config.likelihood:
+        case "bernoulli":
+            return {"mean": fn.mean}
+        case "gaussian":
+            return {"mean": fn.mean, "logvar": 2 * fn.base_dist.scale.log()}
+        case "discr_log":
+            return {"mean": fn.base_dist.loc, "logscale": fn.base_dist.log_scale}
+        case _:
+            by_colour = torch.stack([fn.loc, fn.log_scale, fn.coefficients.atanh()], dim=-4)
+            return {"all_params": torch.cat([fn.logits, by_colour.flatten(1, 3)], dim=1)}
 
 
 def test_training_terms(case: Case) -> None:

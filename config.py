@@ -85,7 +85,12 @@ class Config:
     dropout: float = option(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = option(False, "learn the prior of the top layer")
     initial_downscaling: bool = option(True, "halve the image at the start of inference")
-    likelihood: str = option("bernoulli", "distribution of x given z", choices=tuple(LIKELIHOODS))
+    likelihood: str = option(
+        "auto",
+        "distribution of x given z; auto is bernoulli for binary images and discr_log_mix for "
+        "8-bit ones",
+        choices=("auto", *LIKELIHOODS),
+    )
     data_dep_init: bool = option(False, "data-dependent initialisation of the weights")
     # Objective
     free_bits: float = option(
@@ -150,6 +155,14 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             _check_field(field, getattr(self, field.name))
+        binary = datasets.is_binary(self.dataset)
+        if self.likelihood == "auto":
+            object.__setattr__(self, "likelihood", "bernoulli" if binary else "discr_log_mix")
+        if self.likelihood == "bernoulli" and not binary:
+            raise UserError(
+                f"--likelihood is bernoulli but the images of {self.dataset} are not binary; "
+                "it must be one of discr_log_mix, discr_log, gaussian"
+            )
         # Lists of our own: a caller's, or a preset's, may change.
         object.__setattr__(self, "z_dims", list(self.z_dims))
         object.__setattr__(self, "downsample", list(self.downsample))
@@ -256,12 +269,22 @@ _FULL_SIZE: dict[str, Any] = {
 }
 
 
-def _mnist(downsample: list[int], free_bits: float) -> dict[str, Any]:
+# Halvings before each layer of 28x28 and 32x32 images; the top feature map is 2x2.
+_DOWNSAMPLE = {
+    3: [1, 1, 1],
+    6: [1, 0, 1, 0, 1, 0],
+    12: [0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0],
+    15: [0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0],
+}
+
+
+def _full_size(dataset: str, downsample: list[int]) -> dict[str, Any]:
+    depth = len(downsample)
     return _FULL_SIZE | {
-        "dataset": "static_mnist",
-        "z_dims": [32] * len(downsample),
+        "dataset": dataset,
+        "z_dims": [32] * depth,
         "downsample": downsample,
-        "free_bits": free_bits,
+        "free_bits": 1.0 if depth > 6 else 0.5,
     }
 
 
@@ -290,9 +313,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ll_interv": 0,
         "ckpt_interv": 500,
     },
-    "mnist-3": _mnist([1, 1, 1], 0.5),
-    "mnist-6": _mnist([1, 0, 1, 0, 1, 0], 0.5),
-    "mnist-12": _mnist([0, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 0], 1.0),
+    "mnist-3": _full_size("static_mnist", _DOWNSAMPLE[3]),
+    "mnist-6": _full_size("static_mnist", _DOWNSAMPLE[6]),
+    "mnist-12": _full_size("static_mnist", _DOWNSAMPLE[12]),
+    "multi-dsprites-12": _full_size("multi_dsprites", [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1]),
+    "svhn-15": _full_size("svhn", _DOWNSAMPLE[15]),
+    "cifar10-3": _full_size("cifar10", _DOWNSAMPLE[3]),
+    "cifar10-6": _full_size("cifar10", _DOWNSAMPLE[6]),
+    "cifar10-15": _full_size("cifar10", _DOWNSAMPLE[15]),
+    "celeba-20": _full_size("celeba", [0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]),
 }
 
 

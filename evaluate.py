@@ -29,7 +29,7 @@ from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import LadderGuide, build_ladder
-from importance import Bounds, importance_weighted_bounds, random_index
+from importance import Bounds, bits_per_dim, importance_weighted_bounds, random_index
 from model import LadderModel
 from networks import count_parameters
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid, write_png
@@ -56,7 +56,7 @@ class Trained:
         return cls(model, guide, state["step"], "average" if use_average else "last")
 
 
-def metrics(bounds: Bounds, dimensions: int) -> dict[str, Any]:
+def metrics(bounds: Bounds, image_shape: Sequence[int]) -> dict[str, Any]:
     """Negative bounds, positive as in the literature's tables, in nats; with their standard errors.
 
     `elbo` is the mean over all samples; `iw`, by number of samples, the importance-weighted bound.
@@ -68,7 +68,7 @@ def metrics(bounds: Bounds, dimensions: int) -> dict[str, Any]:
         "elbo": means["elbo"],
         "iw": {name: mean for name, mean in means.items() if name != "elbo"},
         "standard_error": {name: standard_error(values) for name, values in per_image.items()},
-        "bits_per_dim": {name: mean / (dimensions * math.log(2)) for name, mean in means.items()},
+        "bits_per_dim": {name: bits_per_dim(mean, image_shape) for name, mean in means.items()},
         "reconstruction": -bounds.log_likelihood.mean().item(),
         "kl_per_layer": bounds.kl.mean(0).tolist(),
         "n_images": len(bounds.elbo),
@@ -201,7 +201,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             on_images=bar.update,
         )
-    results = metrics(bounds, math.prod(images.shape)) | {
+    results = metrics(bounds, images.shape) | {
         "dataset": images.name,
         "split": arguments.split,
         "step": trained.step,

@@ -24,6 +24,11 @@ from model import LadderModel
 _NOISE, _SUBSET = 0, 1
 
 
+def bits_per_dim(nats: float, image_shape: Sequence[int]) -> float:
+    """A log-likelihood of an image in bits per dimension: pixels times channels."""
+    return nats / (math.prod(image_shape) * math.log(2))
+
+
 @dataclass(frozen=True)
 class Bounds:
     """Figures of N images, float64, in nats, on the CPU."""

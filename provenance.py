@@ -40,7 +40,8 @@ def machine(device: torch.device) -> str:
     """The GPU's name, or the processor's and how many threads PyTorch uses of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _processor() -> str:

@@ -29,7 +29,12 @@ from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import build_ladder
-from importance import channel_kl, importance_weighted_bounds, random_index
+from importance import (
+    bits_per_dim,
+    channel_kl,
+    importance_weighted_bounds,
+    random_index,
+)
 from interruption import Interrupted, Interruption
 from monitor import Monitor
 from networks import count_parameters, data_dependent_init
@@ -164,6 +169,9 @@ class Logger:
         self.training = training
         self.monitor = monitor
         self.split = training.held_out.split
+        self.image_shape = training.held_out.shape
+        # Colour images' figures are compared in bits per dimension, binary ones' in nats.
+        self.in_bits = not datasets.is_binary(training.config.dataset)
         self._restart_clock()
         self._shown = 0.0
 
@@ -175,6 +183,15 @@ class Logger:
         elapsed = time.monotonic() - self._since
         return steps * self.training.config.batch_size / max(elapsed, 1e-9)
 
+    def _shown_bound(self, nats: float) -> str:
+        """A bound on the log-likelihood, for reading."""
+        bits = f" ({bits_per_dim(-nats, self.image_shape):.3f} bits/dim)" if self.in_bits else ""
+        return f"{nats:.2f} nats{bits}"
+
+    def _bits_per_dim(self, tag: str, nats: float) -> dict[str, float]:
+        """The scalar for a negative bound in bits per dimension, for images compared in it."""
+        return {tag: bits_per_dim(nats, self.image_shape)} if self.in_bits else {}
+
     def progress(self) -> None:
         """Keep the progress bar up to date, twice a second at most."""
         self.monitor.advance()
@@ -182,7 +199,7 @@ class Logger:
             means = self.training.svi.peek()
             if means is not None:
                 self.monitor.show(
-                    ELBO=f"{-means.negative_elbo:.2f}",
+                    ELBO=self._shown_bound(-means.negative_elbo),
                     images_per_s=f"{self._images_per_second():.0f}",
                 )
             self._shown = time.monotonic()
@@ -206,12 +223,11 @@ class Logger:
                 "train/kl": sum(means.kl),
                 "train/gradient_norm": means.grad_norm,
             }
+            values |= self._bits_per_dim("train/bits_per_dim", means.negative_elbo)
             values |= by_layer("train_kl", means.kl)
         self.monitor.scalars(training.step, values)
         if not self.monitor.shows_bar:
-            elbo = (
-                "all updates skipped" if means is None else f"ELBO {-means.negative_elbo:.2f} nats"
-            )
+            elbo = f"ELBO {self._shown_bound(-means.negative_elbo)}" if means else "all skipped"
             self.monitor.say(f"step {training.step}: {elbo}, {rate:.0f} images/s")
         self._restart_clock()
 
@@ -248,13 +264,16 @@ class Logger:
             f"{self.split}/reconstruction": -bounds.log_likelihood.mean().item(),
             f"{self.split}/kl": sum(kl),
         }
+        values |= self._bits_per_dim(f"{self.split}/bits_per_dim", -elbo)
         values |= by_layer(f"{self.split}_kl", kl)
         active = [float((channel > ACTIVE_KL).sum()) for channel in channels]
         values |= by_layer(f"{self.split}_active_channels", active)
         self.monitor.scalars(step, values)
         self.monitor.picture(step, "samples", sample_grid(samples, 8))
         self.monitor.picture(step, "reconstructions", reconstruction_grid(x, reconstructed, 8))
-        self.monitor.say(f"step {step}: {self.split} ELBO {elbo:.2f} nats, KL {sum(kl):.2f}")
+        self.monitor.say(
+            f"step {step}: {self.split} ELBO {self._shown_bound(elbo)}, KL {sum(kl):.2f}"
+        )
         self._since += time.monotonic() - began
 
     def bound(self, interruption: Interruption) -> None:
@@ -277,10 +296,11 @@ class Logger:
         training.loss_fn.train()
         bound = -bounds.importance_weighted[config.ll_samples].mean().item()
         tag = f"{self.split}/negative_bound_{config.ll_samples}_samples"
-        self.monitor.scalars(training.step, {tag: bound})
+        values = {tag: bound} | self._bits_per_dim(f"{tag}_bits_per_dim", bound)
+        self.monitor.scalars(training.step, values)
         self.monitor.say(
-            f"step {training.step}: {self.split} log-likelihood at least {-bound:.2f} nats "
-            f"({config.ll_samples} samples)"
+            f"step {training.step}: {self.split} log-likelihood at least "
+            f"{self._shown_bound(-bound)} ({config.ll_samples} samples)"
         )
         self._since += time.monotonic() - began
 

@@ -129,7 +129,8 @@ MODULES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "datasets").glob("*.py"))
     ("name", "expected"),
     [
         ("networks", set()),
-        ("likelihoods", set()),
+        ("distributions", set()),
+        ("likelihoods", {"distributions", "errors"}),
         ("elbo", set()),
         ("config", {"datasets", "errors", "likelihoods", "networks"}),
         ("model", {"config", "likelihoods", "networks"}),

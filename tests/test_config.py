@@ -36,7 +36,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "--residual-type is 'cabd'; it must be one of cabdcabd, bacdbac, bacdbacd",
     ),
     ({"merge_layers": "sum"}, "--merge-layers is 'sum'; it must be one of linear, residual"),
-    ({"likelihood": "poisson"}, "--likelihood is 'poisson'; it must be one of bernoulli"),
+    (
+        {"likelihood": "poisson"},
+        "--likelihood is 'poisson'; it must be one of auto, bernoulli, gaussian",
+    ),
     ({"dataset": "minst"}, "--dataset is 'minst'; it must be one of"),
     ({"train_split": "test"}, "--train-split is 'test'; it must be one of train, train+valid"),
     ({"lr_decay": "linear"}, "--lr-decay is 'linear'; it must be one of none, cosine"),
@@ -168,3 +171,29 @@ def test_lists_are_the_configs_own() -> None:
     sizes.append(4)
     assert config.z_dims == [4, 4, 4]
     assert Config(**PRESETS["mnist-3"]).downsample is not PRESETS["mnist-3"]["downsample"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "likelihood"),
+    [
+        ("digits", "bernoulli"),
+        ("static_mnist", "bernoulli"),
+        ("multi_dsprites", "bernoulli"),
+        ("svhn", "discr_log_mix"),
+        ("cifar10", "discr_log_mix"),
+        ("celeba", "discr_log_mix"),
+    ],
+)
+def test_likelihood_suits_the_images(dataset: str, likelihood: str) -> None:
+    """As in the reference: Bernoulli for binary images, the mixture of logistics for others."""
+    assert Config(dataset=dataset).likelihood == likelihood
+    assert Config(dataset=dataset, likelihood="discr_log").likelihood == "discr_log"
+
+
+def test_bernoulli_pixels_are_refused_for_colour_images() -> None:
+    """A Bernoulli's log-probability of a grey level is no likelihood of the image."""
+    with pytest.raises(UserError) as refusal:
+        Config(dataset="cifar10", likelihood="bernoulli")
+    assert "--likelihood is bernoulli but the images of cifar10 are not binary" in str(
+        refusal.value
+    )

@@ -30,7 +30,7 @@ SOURCES = sorted(
 # The project's own modules and packages, by the name that imports them.
 OWN = (
     {path.stem for path in ROOT.glob("*.py")}
-    | {"results"}
+    | {"results", "tests"}
     | {path.parent.name for path in ROOT.glob("*/__init__.py")}
 )
 # Which distribution an import comes from, where it is not called the same.
@@ -224,7 +224,8 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_field_of_config_is_an_option_that_shows_its_default(
     field: dataclasses.Field[Any], wide: None
 ) -> None:
-    default = getattr(Config(), field.name)
+    listed = field.default_factory is not dataclasses.MISSING
+    default = getattr(Config(), field.name) if listed else field.default
     shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     entry = help_entries(train_svi.main)[flag_names(field)[-1]]
     assert entry.endswith(f"(default: {shown})")

@@ -9,6 +9,7 @@ Ctrl-C finishes the step, writes a checkpoint and exits.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -74,6 +75,13 @@ class Training:
         self.held_out = datasets.load(config.dataset, held_out, data_dir).to(device)
         self.batches = datasets.TrainingBatches(self.images, config.batch_size, config.seed)
         self.length = Length.of(config, self.batches.steps_per_epoch)
+        _, height, width = self.images.shape
+        top = math.prod(config.latent_sizes((height, width))[-1])
+        if config.batchnorm and config.batch_size * top == 1:
+            raise UserError(
+                "--batch-size is 1 and the top feature map 1x1, which leaves batch normalisation "
+                "nothing to average over; give a larger batch, or --no-bn"
+            )
 
         torch.manual_seed(config.seed)
         model, guide = build_ladder(config, self.images.shape)

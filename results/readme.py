@@ -130,10 +130,26 @@ def presets_table() -> str:
     return markdown(["preset", "data", "layers", "free bits", "parameters"], rows)
 
 
+def memory_table() -> str:
+    """Peak memory, as benchmarks/memory.py measured it."""
+    measured = read("benchmarks/memory.json")
+    rows = []
+    for preset, passes in measured["figures"].items():
+        row = [f"`{preset}`"]
+        for found in (passes["training"], passes["evaluation"]):
+            note = " (extrapolated)" if found["extrapolated"] else ""
+            row.append(f"{found['at_batch_size'] / 2**30:.1f} GiB{note}")
+        rows.append(row)
+    origin = measured["provenance"]
+    table = markdown(["preset", "training step", "evaluation pass"], rows)
+    return f"{table}\n\nMeasured on {origin['machine']}, commit {origin['commit']}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "likelihood": likelihood_table,
     "learning": learning_table,
+    "memory": memory_table,
     "demo": demo_table,
 }
 

@@ -214,7 +214,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         "provenance": provenance(device),
     }
     folder = run.path / "eval" / str(trained.step)
-    some = random_index(len(images), 32, arguments.seed)[:32].to(device)
+    some = random_index(len(images), 32, arguments.seed)[:32].to(images.index_device)
     draw_pictures(trained, images.batch(some), folder, arguments.seed)
     write_json(folder / "metrics.json", results)
     report(results, folder)

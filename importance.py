@@ -63,7 +63,7 @@ def importance_weighted_bounds(
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
         for number, start in enumerate(range(0, len(index), group)):
-            x = images.batch(index[start : start + group].to(images.device))
+            x = images.batch(index[start : start + group].to(images.index_device))
             parts.append(_group_bounds(model, guide, x, samples, chunk, (seed, _NOISE, number)))
             on_images(len(x))
     return _concatenate(parts)
@@ -139,7 +139,7 @@ def channel_kl(
     totals: list[Tensor] = []
     with torch.no_grad():
         for part in index.split(batch_size):
-            guide(images.batch(part.to(images.device)))
+            guide(images.batch(part.to(images.index_device)))
             model_trace, guide_trace = guide.get_traces()
             maps = [
                 kl_divergence(

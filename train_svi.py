@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import build_ladder
 from importance import (
+    Bounds,
     bits_per_dim,
     channel_kl,
     importance_weighted_bounds,
@@ -243,28 +245,7 @@ class Logger:
         """Log the ELBO of the held-out images, their KL by layer, samples and reconstructions."""
         began = time.monotonic()
         training, step = self.training, self.training.step
-        module: Any = training.evaluated_module()
-        images = training.held_out
-        module.eval()
-        bounds = importance_weighted_bounds(
-            module.model,
-            module.guide,
-            images,
-            torch.arange(len(images)),
-            [1],
-            batch_size=training.config.test_batch_size,
-            seed=training.config.seed,
-            on_images=interruption.check,
-        )
-        with torch.random.fork_rng(_cuda_devices(training.device)):
-            torch.manual_seed(training.config.seed)
-            some = random_index(len(images), min(1000, len(images)), training.config.seed)
-            channels = channel_kl(module.guide, images, some, training.config.test_batch_size)
-            samples = prior_samples(module.model, 64)
-            x = images.batch(some[:32].to(images.device))
-            reconstructed = reconstructions(module.guide, x)
-        training.loss_fn.train()
-
+        bounds = self._bounds(len(training.held_out), 1, interruption)
         kl = bounds.kl.mean(0).tolist()
         elbo = bounds.elbo.mean().item()
         values = {
@@ -274,34 +255,21 @@ class Logger:
         }
         values |= self._bits_per_dim(f"{self.split}/bits_per_dim", -elbo)
         values |= by_layer(f"{self.split}_kl", kl)
-        active = [float((channel > ACTIVE_KL).sum()) for channel in channels]
-        values |= by_layer(f"{self.split}_active_channels", active)
+        values |= by_layer(f"{self.split}_active_channels", self._active_channels())
         self.monitor.scalars(step, values)
-        self.monitor.picture(step, "samples", sample_grid(samples, 8))
-        self.monitor.picture(step, "reconstructions", reconstruction_grid(x, reconstructed, 8))
+        self._pictures()
         self.monitor.say(
             f"step {step}: {self.split} ELBO {self._shown_bound(elbo)}, KL {sum(kl):.2f}"
         )
+        training.loss_fn.train()
         self._since += time.monotonic() - began
 
     def bound(self, interruption: Interruption) -> None:
         """Log the importance-weighted bound of the held-out images, or of a random few."""
         began = time.monotonic()
         training, config = self.training, self.training.config
-        module: Any = training.evaluated_module()
-        images = training.held_out
-        module.eval()
-        bounds = importance_weighted_bounds(
-            module.model,
-            module.guide,
-            images,
-            random_index(len(images), config.ll_images or len(images), config.seed),
-            [config.ll_samples],
-            batch_size=config.test_batch_size,
-            seed=config.seed,
-            on_images=interruption.check,
-        )
-        training.loss_fn.train()
+        count = config.ll_images or len(training.held_out)
+        bounds = self._bounds(count, config.ll_samples, interruption)
         bound = -bounds.importance_weighted[config.ll_samples].mean().item()
         tag = f"{self.split}/negative_bound_{config.ll_samples}_samples"
         values = {tag: bound} | self._bits_per_dim(f"{tag}_bits_per_dim", bound)
@@ -310,7 +278,45 @@ class Logger:
             f"step {training.step}: {self.split} log-likelihood at least "
             f"{self._shown_bound(-bound)} ({config.ll_samples} samples)"
         )
+        training.loss_fn.train()
         self._since += time.monotonic() - began
+
+    def _evaluated(self) -> Any:
+        """The ELBO module that evaluations use, in evaluation mode."""
+        return self.training.evaluated_module().eval()
+
+    def _bounds(self, count: int, samples: int, interruption: Interruption) -> Bounds:
+        """The bound of `count` held-out images with `samples` samples."""
+        module, images, config = self._evaluated(), self.training.held_out, self.training.config
+        return importance_weighted_bounds(
+            module.model,
+            module.guide,
+            images,
+            random_index(len(images), count, config.seed),
+            [samples],
+            batch_size=config.test_batch_size,
+            seed=config.seed,
+            on_images=interruption.check,
+        )
+
+    def _active_channels(self) -> list[float]:
+        """How many latent channels each layer makes use of, by a thousand held-out images."""
+        module, images, config = self._evaluated(), self.training.held_out, self.training.config
+        some = random_index(len(images), 1000, config.seed)
+        with seeded(config.seed, self.training.device):
+            channels = channel_kl(module.guide, images, some, config.test_batch_size)
+        return [float((channel > ACTIVE_KL).sum()) for channel in channels]
+
+    def _pictures(self) -> None:
+        """Show samples, and reconstructions of held-out images."""
+        module, images, config = self._evaluated(), self.training.held_out, self.training.config
+        x = images.batch(random_index(len(images), 32, config.seed).to(images.index_device))
+        with seeded(config.seed, self.training.device):
+            samples = prior_samples(module.model, 64)
+            reconstructed = reconstructions(module.guide, x)
+        step = self.training.step
+        self.monitor.picture(step, "samples", sample_grid(samples, 8))
+        self.monitor.picture(step, "reconstructions", reconstruction_grid(x, reconstructed, 8))
 
 
 def by_layer(group: str, values: Sequence[float]) -> dict[str, float]:
@@ -318,8 +324,12 @@ def by_layer(group: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{group}/layer_{i:02d}": value for i, value in enumerate(values, start=1)}
 
 
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the training's random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def run_training(training: Training, run: Run | None, interruption: Interruption) -> None:

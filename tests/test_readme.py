@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+import evaluate
+import reference_checkpoint
+import train_svi
+from config import PRESETS, Config, config_from, given_options
 from results import readme
 
 ROOT = Path(__file__).parent.parent
@@ -60,3 +64,37 @@ def test_its_program_runs() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+COMMANDS = [
+    line.split("#")[0].split()
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.splitlines()
+]
+SCRIPTS: dict[str, Any] = {
+    "train_svi.py": train_svi,
+    "evaluate.py": evaluate,
+    "reference_checkpoint.py": reference_checkpoint,
+}
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "python"], ids=" ".join)
+def test_command_lines_are_understood(command: list[str]) -> None:
+    """Every option of every command is one of the script's, and together they make sense."""
+    arguments = SCRIPTS[command[1]].parse_arguments(command[2:])
+    if command[1] == "train_svi.py" and arguments.resume is None:
+        preset = PRESETS[arguments.preset] if arguments.preset else {}
+        assert config_from(arguments) == Config(**(preset | given_options(arguments)))
+    if command[1] == "train_svi.py" and arguments.resume is not None:
+        assert given_options(arguments).keys() <= train_svi.CHANGEABLE
+    if command[1] == "reference_checkpoint.py":
+        assert config_from(arguments).z_dims == [32, 32, 32]
+
+
+def test_other_commands_are_there() -> None:
+    """What README has make do, the Makefile does."""
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {command[1] for command in COMMANDS if command[0] == "make"}
+    assert targets == {"demo", "test"}
+    assert all(re.search(rf"(?m)^{target}:", makefile) for target in (*targets, "setup"))
+    assert {command[0] for command in COMMANDS} == {"make", "python", "tensorboard"}

@@ -153,6 +153,9 @@ class Run:
             raise UserError(f"{path} is not a checkpoint: it lacks {', '.join(sorted(missing))}")
         if type(content["step"]) is not int:
             raise UserError(f"{path} is not a checkpoint: its step is {content['step']!r}")
+        average = content["average"]
+        if average is not None and not (isinstance(average, dict) and "weights" in average):
+            raise UserError(f"{path} is not a checkpoint: its average holds no weights")
         return content
 
 

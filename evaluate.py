@@ -51,8 +51,8 @@ class Trained:
         state = run.load_checkpoint(step, device)
         model, guide = build_ladder(run.config, run.image_shape)
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
-        use_average = average and isinstance(state["average"], dict)
-        load_weights(module, state["average"].get("weights") if use_average else state["weights"])
+        use_average = average and state["average"] is not None
+        load_weights(module, state["average"]["weights"] if use_average else state["weights"])
         return cls(model, guide, state["step"], "average" if use_average else "last")
 
 

@@ -123,10 +123,12 @@ def _entries_until(path: Path, step: int) -> str:
         return ""
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-        except ValueError:
+        if not line.endswith("\n"):
             continue  # cut short when the run was killed
-        if entry["step"] <= step:
+        try:
+            entry_step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path} is damaged: {line.strip()[:40]!r} is no entry of it") from None
+        if entry_step <= step:
             kept.append(line)
     return "".join(kept)

@@ -32,7 +32,6 @@ _CASE_NAMES = {
     "stochastic_skip": "skip",
     "res_block_type": "residual_type",
     "likelihood_form": "likelihood",
-    "analytical_kl": "analytical_kl",
 }
 _CPU = torch.device("cpu")
 _ADVICE = "give the options that it was trained with"
@@ -46,6 +45,7 @@ _SAME_NAMES = (
     "learn_top_prior",
     "gated",
     "free_bits",
+    "analytical_kl",
 )
 
 
@@ -208,7 +208,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="state dict, .pt or .npz")
     parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
-    parser.add_argument("--step", type=int, default=0, help="training steps the weights have seen")
+    parser.add_argument(
+        "--step", type=int, default=0, help="training steps the weights have seen (default: 0)"
+    )
     add_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.step < 0:

@@ -10,7 +10,6 @@ colour; that it gives the same values is checked first.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atomic import write_atomically
+from checkpoint import write_json
 from devices import choose_device
 from distributions import DiscretizedLogistic, DiscretizedLogisticMixture
 from errors import UserError, run_command
@@ -172,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("--batch-size and --repeats must be at least 1")
     result = benchmark(choose_device(arguments.device), arguments.batch_size, arguments.repeats)
     print(table(result))
-    write_atomically(RESULT, lambda f: f.write((json.dumps(result, indent=2) + "\n").encode()))
+    write_json(RESULT, result)
     return 0
 
 

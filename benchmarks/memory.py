@@ -49,7 +49,7 @@ def peak_memory(preset: str, kind: str, batch_size: int, device: torch.device) -
                 svi.step(x)
         else:
             loss_fn.eval()
-            SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters())).evaluate_loss(x)
+            loss_fn.elbo.loss(loss_fn.model, loss_fn.guide, x)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

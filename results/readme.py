@@ -1,7 +1,6 @@
 """Write the tables of README.md from the figures in results/.
 
-    python -m results.readme          rewrites the tables in place
-    python -m results.readme --check  exits with 1 where README.md is not what it would write
+    python -m results.readme
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`. Figures come from metrics.json
 files that evaluate.py wrote, and from reference.json, which holds the published ones.
@@ -9,7 +8,6 @@ files that evaluate.py wrote, and from reference.json, which holds the published
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,14 +161,5 @@ def written(text: str) -> str:
     return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
 
 
-def main() -> int:
-    text = README.read_text()
-    new = written(text)
-    if "--check" in sys.argv[1:]:
-        return int(new != text)
-    README.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    README.write_text(written(README.read_text()))

@@ -1054,6 +1054,17 @@ def test_a_checkpoint_that_lacks_what_training_needs_is_refused(
     assert content(run_folder) == before
 
 
+@pytest.mark.parametrize("average", [{}, [], 0.5], ids=str)
+def test_a_checkpoint_with_a_damaged_average_is_refused(
+    average: Any, open_run: Callable[[Path], str], run_folder: Path
+) -> None:
+    """Other weights are not scored silently in its place."""
+    torch.save(load(run_folder, 6) | {"average": average}, run_folder / "checkpoints" / "6.pt")
+    line = open_run(run_folder)
+    assert "6.pt is not a checkpoint" in line
+    assert "average" in line
+
+
 def remove_from_checkpoint(folder: Path, name: str) -> None:
     state = load(folder, 6)
     del state[name]

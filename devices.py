@@ -5,13 +5,17 @@ import torch
 from errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called `name`: cpu, cuda, cuda:N, or auto for a GPU where there is one.
+
+    Of several processes on a machine each takes the GPU of its `local_rank`, unless told.
 
     Raises `UserError` where there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

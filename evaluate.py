@@ -9,9 +9,7 @@ RUN/eval/STEP/metrics.json, samples.png and reconstructions.png.
 
 import argparse
 import itertools
-import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +17,25 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import datasets
 from checkpoint import Run, load_weights, write_json
 from config import OneLineParser
+from datasets import ImageSet
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import LadderGuide, build_ladder
-from importance import Bounds, bits_per_dim, importance_weighted_bounds, random_index
+from importance import Blocks, Bounds, ImportanceSampler, random_index
+from memory import automatic_batch_size
+from metrics import curve_samples, metrics, table, write_per_image
 from model import LadderModel
 from networks import count_parameters
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid, write_png
-from provenance import provenance
+from provenance import commit, provenance
+from ranks import Ranks, joined_ranks
+from scoring import Ledger, fingerprint, score
 
 
 @dataclass(frozen=True)
@@ -54,47 +56,6 @@ class Trained:
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
         return cls(model, guide, state["step"], "average" if use_average else "last")
-
-
-def metrics(bounds: Bounds, image_shape: Sequence[int]) -> dict[str, Any]:
-    """Negative bounds, positive as in the literature's tables, in nats; with their standard errors.
-
-    `elbo` is the mean over all samples; `iw`, by number of samples, the importance-weighted bound.
-    """
-    per_image = {"elbo": -bounds.elbo}
-    per_image |= {str(k): -bound for k, bound in bounds.importance_weighted.items()}
-    means = {name: values.mean().item() for name, values in per_image.items()}
-    return {
-        "elbo": means["elbo"],
-        "iw": {name: mean for name, mean in means.items() if name != "elbo"},
-        "standard_error": {name: standard_error(values) for name, values in per_image.items()},
-        "bits_per_dim": {name: bits_per_dim(mean, image_shape) for name, mean in means.items()},
-        "reconstruction": -bounds.log_likelihood.mean().item(),
-        "kl_per_layer": bounds.kl.mean(0).tolist(),
-        "n_images": len(bounds.elbo),
-    }
-
-
-def standard_error(values: Tensor) -> float | None:
-    """Of the mean of `values` (N,); None for a single one."""
-    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
-
-
-def table(results: dict[str, Any]) -> str:
-    """The figures of `metrics`, for reading."""
-    names = {"elbo": "ELBO"}
-    names |= {k: f"{int(k):,} importance sample{'s' * (k != '1')}" for k in results["iw"]}
-    values = {"elbo": results["elbo"]} | results["iw"]
-    lines = [f"{'negative bound':<26}{'nats':>10}{'std. error':>12}{'bits/dim':>10}"]
-    for key, name in names.items():
-        error = results["standard_error"][key]
-        shown = f"{error:.2f}" if error is not None else "-"
-        lines.append(
-            f"{name:<26}{values[key]:>10.2f}{shown:>12}{results['bits_per_dim'][key]:>10.3f}"
-        )
-    kl = "  ".join(f"{value:.2f}" for value in results["kl_per_layer"])
-    lines.append(f"KL by layer, bottom to top: {kl} nats")
-    return "\n".join(lines)
 
 
 def draw_pictures(trained: Trained, x: Tensor, folder: Path, seed: int) -> None:
@@ -138,13 +99,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size",
         type=int,
         metavar="N",
-        help="images times samples per pass (default: the run's --test-batch-size)",
+        help="images times samples per pass (default: by the network and the memory)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the noise and of --limit's choice (default: 0)"
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/eval/STEP)"
     )
     parser.add_argument(
         "--data-dir",
@@ -175,48 +139,90 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, or last")
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    device = choose_device(arguments.device)
-    run = Run.open(arguments.run)
-    step = None if arguments.checkpoint == "last" else int(arguments.checkpoint)
-    trained = Trained.load(run, step, device, average=arguments.average)
-    images = datasets.load(run.config.dataset, arguments.split, arguments.data_dir).to(device)
-    if images.shape != run.image_shape:
-        raise UserError(
-            f"{run.path} is of images {run.image_shape}, {images.name} has {images.shape}"
+class Evaluation:
+    """The checkpoint that the command line names, and how it is to be evaluated."""
+
+    def __init__(self, arguments: argparse.Namespace, ranks: Ranks) -> None:
+        self.arguments = arguments
+        self.ranks = ranks
+        self.device = choose_device(arguments.device, ranks.local_rank)
+        self.run = Run.open(arguments.run)
+        step = None if arguments.checkpoint == "last" else int(arguments.checkpoint)
+        self.trained = Trained.load(self.run, step, self.device, average=arguments.average)
+        self.folder = arguments.out or self.run.path / "eval" / str(self.trained.step)
+        # How many image-sample pairs go through the network at a time, on every rank.
+        self.batch_size = arguments.batch_size or ranks.share(
+            automatic_batch_size(
+                self.run.config,
+                self.trained.guide,
+                torch.zeros(1, *self.run.image_shape, device=self.device),
+            )
         )
-    limit = arguments.limit or len(images)
-    if limit > len(images):
-        raise UserError(f"--limit is {limit} but {arguments.split} has {len(images)} images")
-    index = random_index(len(images), limit, arguments.seed)
-    batch_size = arguments.batch_size or run.config.test_batch_size
-    with tqdm(total=len(index), unit="image", disable=not sys.stderr.isatty()) as bar:
-        bounds = importance_weighted_bounds(
-            trained.model,
-            trained.guide,
+
+    def load(self, name: str) -> ImageSet:
+        """The split of a data set that is asked for; raises `UserError` for images that differ."""
+        images = datasets.load(name, self.arguments.split, self.arguments.data_dir).to(self.device)
+        if images.shape != self.run.image_shape:
+            raise UserError(
+                f"{self.run.path} is of images {self.run.image_shape}, "
+                f"{images.name} has {images.shape}"
+            )
+        return images
+
+    def index(self, images: ImageSet) -> Tensor:
+        """The images that are asked for: all, or a random few."""
+        limit = self.arguments.limit or len(images)
+        if limit > len(images):
+            raise UserError(f"--limit is {limit} but {images.split} has {len(images)} images")
+        return random_index(len(images), limit, self.arguments.seed)
+
+    def score(
+        self, images: ImageSet, index: Tensor, samples: Sequence[int]
+    ) -> tuple[Bounds, Ledger]:
+        """The bounds of the images at `index`, and the ledger to remove once they are written."""
+        sampler = ImportanceSampler(
+            self.trained.model,
+            self.trained.guide,
             images,
             index,
-            arguments.samples,
-            batch_size=batch_size,
-            seed=arguments.seed,
-            on_images=bar.update,
+            samples,
+            batch_size=self.batch_size,
+            seed=self.arguments.seed,
         )
-    results = metrics(bounds, images.shape) | {
+        modules = nn.ModuleList([self.trained.model, self.trained.guide])
+        origin = {"code": commit(), "torch": torch.__version__, "device": self.device.type}
+        ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
+        return score(sampler, ledger, self.ranks), ledger
+
+
+def evaluate(evaluation: Evaluation) -> None:
+    """Score the images, draw the pictures, and print what was found."""
+    arguments, run, trained = evaluation.arguments, evaluation.run, evaluation.trained
+    images = evaluation.load(run.config.dataset)
+    index = evaluation.index(images)
+    bounds, ledger = evaluation.score(images, index, curve_samples(arguments.samples))
+    if not evaluation.ranks.is_first:
+        return
+    blocks = Blocks.of(evaluation.batch_size, arguments.samples[-1])
+    results = metrics(bounds, arguments.samples, images.shape) | {
         "dataset": images.name,
         "split": arguments.split,
         "step": trained.step,
         "weights": trained.weights,
         "seed": arguments.seed,
-        "batch_size": batch_size,
+        "batch_size": evaluation.batch_size,
+        "blocks": {"images": blocks.images, "samples": blocks.samples},
         "layers": len(run.config.z_dims),
         "parameters": count_parameters(trained.model, trained.guide),
         "trained": run.provenance,
-        "provenance": provenance(device),
+        "provenance": provenance(evaluation.device),
     }
-    folder = run.path / "eval" / str(trained.step)
+    folder = evaluation.folder
     some = random_index(len(images), 32, arguments.seed)[:32].to(images.index_device)
     draw_pictures(trained, images.batch(some), folder, arguments.seed)
+    write_per_image(folder / "per_image.npz", bounds, index)
     write_json(folder / "metrics.json", results)
+    ledger.remove()
     report(results, folder)
     seen = set(arguments.split.split("+")) & set(run.config.train_split.split("+"))
     if seen:
@@ -231,14 +237,16 @@ def report(results: dict[str, Any], folder: Path) -> None:
         f"step {results['step']:,}, {weights}"
     )
     print(table(results))
-    print(f"figures   {folder / 'metrics.json'}")
+    if results["warning"] is not None:
+        print(f"warning   {results['warning']}")
+    print(f"figures   {folder / 'metrics.json'}, {folder / 'per_image.npz'}")
     print(f"pictures  {folder / 'samples.png'}, {folder / 'reconstructions.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    with pyro.validation_enabled(False):
-        evaluate(arguments)
+    with pyro.validation_enabled(False), joined_ranks() as ranks:
+        evaluate(Evaluation(arguments, ranks))
     return 0
 
 

@@ -106,16 +106,13 @@ class LadderGuide(GuideMessenger, nn.Module):
         )
         self._features: Sequence[Tensor] = ()
 
-    def __call__(
-        self, x: Tensor, features: Sequence[Tensor] | None = None, from_prior: int = 0
-    ) -> dict[str, Tensor]:
+    def __call__(self, x: Tensor, features: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
         """Draw z from q(z | x) and run the model on it; returns all sites' values by name.
 
         `features` are those of `bottom_up(x)` where they are at hand already: importance sampling
         computes them once per image and draws from them many times.
         """
         self._features = self.bottom_up(x) if features is None else features
-        self._from_prior = from_prior
         try:
             return super().__call__(x)
         finally:
@@ -128,8 +125,6 @@ class LadderGuide(GuideMessenger, nn.Module):
     def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
         """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model has just come to."""
         i = int(name.removeprefix("z_"))
-        if i <= self._from_prior:
-            return prior
         d = self._features[i - 1]
         if i == len(self._features):
             # q(z_L | x)

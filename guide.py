@@ -89,6 +89,7 @@ class LadderGuide(GuideMessenger, nn.Module):
     if TYPE_CHECKING:  # inherited from GuideMessenger, whose types mypy does not follow
         upstream_value: Callable[[str], Tensor]
         get_traces: Callable[[], tuple[Trace, Trace]]
+        trace: Trace
 
     def __init__(
         self,
@@ -105,14 +106,26 @@ class LadderGuide(GuideMessenger, nn.Module):
             ConditionalPosterior(style, config.merge_layers, z) for z in config.z_dims[:-1]
         )
         self._features: Sequence[Tensor] = ()
+        self._from_prior = 0
 
-    def __call__(self, x: Tensor, features: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, x: Tensor, features: Sequence[Tensor] | None = None, *, from_prior: int = 0
+    ) -> dict[str, Tensor]:
         """Draw z from q(z | x) and run the model on it; returns all sites' values by name.
 
         `features` are those of `bottom_up(x)` where they are at hand already: importance sampling
         computes them once per image and draws from them many times.
+
+        The lowest `from_prior` layers, 0 to L, are drawn from their priors instead, given the
+        layers above them: with k of them the ELBO is the bound L^{>k} of Havtorn et al. (2021),
+        "Hierarchical VAEs know what they don't know", in which these layers' KL is zero. Raises
+        `ValueError` where there are not that many layers.
         """
+        depth = len(self.posteriors) + 1
+        if not 0 <= from_prior <= depth:
+            raise ValueError(f"from_prior is {from_prior}; it must be from 0 to {depth} layers")
         self._features = self.bottom_up(x) if features is None else features
+        self._from_prior = from_prior
         try:
             return super().__call__(x)
         finally:
@@ -125,6 +138,9 @@ class LadderGuide(GuideMessenger, nn.Module):
     def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
         """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model has just come to."""
         i = int(name.removeprefix("z_"))
+        if i <= self._from_prior:
+            # p(z_i | z_{>i})
+            return prior
         d = self._features[i - 1]
         if i == len(self._features):
             # q(z_L | x)

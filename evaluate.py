@@ -1,41 +1,57 @@
 """Score a trained ladder VAE by importance sampling, and draw what it has learned.
 
-    python evaluate.py runs/digits
-    python evaluate.py runs/mnist-12 --samples 1 100 1000 --limit 1000
+    python evaluate.py runs/mnist-12 --samples 1 100 1000
+    torchrun --nproc-per-node 8 evaluate.py runs/mnist-12 --samples 1 100 1000
+    python evaluate.py runs/mnist-12 --inpaint bottom
+    python evaluate.py runs/mnist-12 --score static_mnist --against my/pictures
+    python evaluate.py --compare runs/mnist-3 runs/mnist-12
 
-Prints a table of negative bounds on the log-likelihood (lower is better) and writes
-RUN/eval/STEP/metrics.json, samples.png and reconstructions.png.
+Prints a table of negative bounds on the log-likelihood (lower is better) and writes figures,
+pictures and a report into RUN/eval/STEP/. Broken off, the same command continues.
 """
 
 import argparse
 import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import datasets
+from album import draw_album, draw_charts, draw_completions
 from checkpoint import Run, load_weights, write_json
+from comparison import compare
 from config import OneLineParser
 from datasets import ImageSet
+from datasets.folder import load_folder
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
 from guide import LadderGuide, build_ladder
 from importance import Blocks, Bounds, ImportanceSampler, random_index
+from inpainting import MASKS, inpaint, read_mask, write_completions
+from inspection import check_temperature
 from memory import automatic_batch_size
 from metrics import curve_samples, metrics, table, write_per_image
 from model import LadderModel
 from networks import count_parameters
-from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid, write_png
+from outliers import bound_columns, outlier_scores, roc, write_scores
+from plots import draw_roc
 from provenance import commit, provenance
 from ranks import Ranks, joined_ranks
+from report import evaluation_report, ladder_pictures
 from scoring import Ledger, fingerprint, score
+
+# Of --inpaint: images, chains of each, and sweeps of each chain, a fifth of them warm-up.
+INPAINTED, CHAINS, SWEEPS = 8, 6, 200
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Trained:
     guide: LadderGuide
     step: int
     weights: str  # "average" or "last"
+    minutes: float  # of training
 
     @classmethod
     def load(cls, run: Run, step: int | None, device: torch.device, *, average: bool) -> "Trained":
@@ -55,15 +72,8 @@ class Trained:
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
-        return cls(model, guide, state["step"], "average" if use_average else "last")
-
-
-def draw_pictures(trained: Trained, x: Tensor, folder: Path, seed: int) -> None:
-    """Write prior samples, and reconstructions of the images x (N, C, H, W)."""
-    torch.manual_seed(seed)
-    write_png(folder / "samples.png", sample_grid(prior_samples(trained.model, 64), 8))
-    reconstructed = reconstructions(trained.guide, x)
-    write_png(folder / "reconstructions.png", reconstruction_grid(x, reconstructed, 8))
+        weights = "average" if use_average else "last"
+        return cls(model, guide, state["step"], weights, float(state["minutes"]))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,9 +81,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="evaluate.py",
         description="Score a trained ladder VAE by importance sampling.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_svi.py")
+    parser.add_argument(
+        "run", type=Path, nargs="?", metavar="RUN", help="run folder of train_svi.py"
+    )
     parser.add_argument(
         "--checkpoint", default="last", metavar="STEP", help="step, or last (default: last)"
+    )
+    parser.add_argument(
+        "--average",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the moving average of the weights where the run has one (default: yes)",
     )
     parser.add_argument(
         "--samples",
@@ -84,16 +102,59 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="numbers of importance samples, rising (default: 1 100)",
     )
     parser.add_argument(
-        "--limit", type=int, metavar="N", help="score N random images (default: the whole split)"
-    )
-    parser.add_argument(
         "--split", default="test", choices=datasets.SPLITS, help="images to score (default: test)"
     )
     parser.add_argument(
-        "--average",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use the moving average of the weights where the run has one (default: yes)",
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"take N random images (default: the whole split; {INPAINTED} to --inpaint)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="T",
+        help="factor on the standard deviations of the prior in samples.png, one for all layers "
+        "or one for each, bottom to top (default: 1)",
+    )
+    modes = parser.add_argument_group("instead of scoring the run's own images")
+    modes.add_argument(
+        "--inpaint",
+        metavar="MASK",
+        help=f"complete images: {', '.join(MASKS)}, or an image file, white where to complete",
+    )
+    modes.add_argument(
+        "--sweeps", type=int, metavar="N", help=f"of --inpaint (default: {SWEEPS})"
+    )
+    modes.add_argument(
+        "--chains", type=int, metavar="N", help=f"completions of an image (default: {CHAINS})"
+    )
+    modes.add_argument(
+        "--score", metavar="IMAGES", help="write the bounds of a data set, or of a folder of images"
+    )
+    modes.add_argument(
+        "--against",
+        metavar="IMAGES",
+        help="score these too, and tell how well the scores tell them from those of --score",
+    )
+    modes.add_argument(
+        "--prior-layers",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="score also with the lowest K layers drawn from their priors, and give the "
+        "difference (default: half of the layers)",
+    )
+    modes.add_argument(
+        "--compare", type=Path, nargs="+", metavar="RUN", help="print one table of several runs"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write (default: RUN/eval/STEP; the current folder for --compare)",
     )
     parser.add_argument(
         "--batch-size",
@@ -102,13 +163,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="images times samples per pass (default: by the network and the memory)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the noise and of --limit's choice (default: 0)"
+        "--seed", type=int, default=0, help="of all noise and of --limit's choice (default: 0)"
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where to write (default: RUN/eval/STEP)"
     )
     parser.add_argument(
         "--data-dir",
@@ -122,21 +180,41 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` for values that make no sense."""
+    """Raise `UserError` for values that make no sense, and for options that would do nothing."""
+    check_mode(arguments)
     samples = arguments.samples
     if samples[0] < 1 or any(a >= b for a, b in itertools.pairwise(samples)):
         raise UserError(
             f"--samples is {' '.join(map(str, samples))}; it must be positive numbers that rise"
         )
-    for name in ("limit", "batch_size"):
+    for name, least in {"limit": 1, "batch_size": 1, "chains": 1, "sweeps": 2}.items():
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}; it must be at least 0 and below 2**63")
     checkpoint = arguments.checkpoint
     if checkpoint != "last" and not checkpoint.isdecimal():
         raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, or last")
+
+
+def check_mode(arguments: argparse.Namespace) -> None:
+    """Raise `UserError` unless one thing is asked for, with options that belong to it."""
+    modes = [name for name in ("inpaint", "score", "compare") if getattr(arguments, name)]
+    if len(modes) > 1:
+        raise UserError(f"--{modes[0]} and --{modes[1]} are two things; ask for one at a time")
+    if arguments.run is None and not arguments.compare:
+        raise UserError("RUN is missing: give the run folder of train_svi.py (see --help)")
+    if arguments.run is not None and arguments.compare:
+        raise UserError(f"give all runs behind --compare, {arguments.run} too")
+    belonging = {
+        "inpaint": ("sweeps", "chains"),
+        "score": ("against", "prior_layers"),
+    }
+    for mode, options in belonging.items():
+        for name in options:
+            if getattr(arguments, name) is not None and mode not in modes:
+                raise UserError(f"--{name.replace('_', '-')} goes with --{mode}, which is not given")
 
 
 class Evaluation:
@@ -149,9 +227,9 @@ class Evaluation:
         self.run = Run.open(arguments.run)
         step = None if arguments.checkpoint == "last" else int(arguments.checkpoint)
         self.trained = Trained.load(self.run, step, self.device, average=arguments.average)
-        self.folder = arguments.out or self.run.path / "eval" / str(self.trained.step)
+        self.folder: Path = arguments.out or self.run.path / "eval" / str(self.trained.step)
         # How many image-sample pairs go through the network at a time, on every rank.
-        self.batch_size = arguments.batch_size or ranks.share(
+        self.batch_size: int = arguments.batch_size or ranks.share(
             automatic_batch_size(
                 self.run.config,
                 self.trained.guide,
@@ -159,94 +237,224 @@ class Evaluation:
             )
         )
 
-    def load(self, name: str) -> ImageSet:
-        """The split of a data set that is asked for; raises `UserError` for images that differ."""
-        images = datasets.load(name, self.arguments.split, self.arguments.data_dir).to(self.device)
-        if images.shape != self.run.image_shape:
-            raise UserError(
-                f"{self.run.path} is of images {self.run.image_shape}, "
-                f"{images.name} has {images.shape}"
-            )
-        return images
+    def load(self, name: str) -> tuple[ImageSet, Sequence[str] | None]:
+        """A data set's split or the images of a folder, and the names of the latter's files.
 
-    def index(self, images: ImageSet) -> Tensor:
+        Raises `UserError` for images that the model is not of.
+        """
+        run, arguments = self.run, self.arguments
+        binary = datasets.is_binary(run.config.dataset)
+        if name not in datasets.NAMES:
+            images, names = load_folder(Path(name), run.image_shape, binary=binary)
+            return images.to(self.device), names
+        images = datasets.load(name, arguments.split, arguments.data_dir).to(self.device)
+        if images.shape != run.image_shape:
+            raise UserError(f"{run.path} is of images {run.image_shape}, {name} has {images.shape}")
+        if binary and not datasets.is_binary(name):
+            raise UserError(f"{run.path} is of binary images, those of {name} have 256 levels")
+        return images, None
+
+    def index(self, images: ImageSet, default: int | None = None) -> Tensor:
         """The images that are asked for: all, or a random few."""
-        limit = self.arguments.limit or len(images)
-        if limit > len(images):
+        limit = self.arguments.limit or default or len(images)
+        if self.arguments.limit and limit > len(images):
             raise UserError(f"--limit is {limit} but {images.split} has {len(images)} images")
         return random_index(len(images), limit, self.arguments.seed)
 
     def score(
-        self, images: ImageSet, index: Tensor, samples: Sequence[int]
+        self, images: ImageSet, samples: Sequence[int], from_prior: int = 0
     ) -> tuple[Bounds, Ledger]:
-        """The bounds of the images at `index`, and the ledger to remove once they are written."""
+        """The bounds of the images, and the ledger to remove once they are written."""
         sampler = ImportanceSampler(
             self.trained.model,
             self.trained.guide,
             images,
-            index,
+            self.index(images),
             samples,
             batch_size=self.batch_size,
             seed=self.arguments.seed,
+            from_prior=from_prior,
         )
         modules = nn.ModuleList([self.trained.model, self.trained.guide])
         origin = {"code": commit(), "torch": torch.__version__, "device": self.device.type}
         ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
         return score(sampler, ledger, self.ranks), ledger
 
+    def origin(self) -> dict[str, Any]:
+        """What a file of figures says of the weights and of how they were scored."""
+        return {
+            "step": self.trained.step,
+            "weights": self.trained.weights,
+            "seed": self.arguments.seed,
+            "limit": self.arguments.limit,
+            "batch_size": self.batch_size,
+            "layers": len(self.run.config.z_dims),
+            "parameters": count_parameters(self.trained.model, self.trained.guide),
+            "minutes": self.trained.minutes,
+            "trained": self.run.provenance,
+            "provenance": provenance(self.device),
+        }
+
 
 def evaluate(evaluation: Evaluation) -> None:
-    """Score the images, draw the pictures, and print what was found."""
+    """Score the run's images, draw its pictures, write a report, and print what was found."""
     arguments, run, trained = evaluation.arguments, evaluation.run, evaluation.trained
-    images = evaluation.load(run.config.dataset)
-    index = evaluation.index(images)
-    bounds, ledger = evaluation.score(images, index, curve_samples(arguments.samples))
+    depth, folder = len(run.config.z_dims), evaluation.folder
+    temperature = arguments.temperature if len(arguments.temperature) > 1 else arguments.temperature[0]
+    check_temperature(temperature, depth)
+    images, _ = evaluation.load(run.config.dataset)
+    bounds, ledger = evaluation.score(images, curve_samples(arguments.samples))
     if not evaluation.ranks.is_first:
         return
     blocks = Blocks.of(evaluation.batch_size, arguments.samples[-1])
     results = metrics(bounds, arguments.samples, images.shape) | {
         "dataset": images.name,
         "split": arguments.split,
-        "step": trained.step,
-        "weights": trained.weights,
-        "seed": arguments.seed,
-        "batch_size": evaluation.batch_size,
         "blocks": {"images": blocks.images, "samples": blocks.samples},
-        "layers": len(run.config.z_dims),
-        "parameters": count_parameters(trained.model, trained.guide),
-        "trained": run.provenance,
-        "provenance": provenance(evaluation.device),
+        **evaluation.origin(),
     }
-    folder = evaluation.folder
-    some = random_index(len(images), 32, arguments.seed)[:32].to(images.index_device)
-    draw_pictures(trained, images.batch(some), folder, arguments.seed)
-    write_per_image(folder / "per_image.npz", bounds, index)
+    draw_album(
+        folder,
+        trained.model,
+        trained.guide,
+        run.config,
+        images,
+        temperature=temperature,
+        batch_size=evaluation.batch_size,
+        seed=arguments.seed,
+    )
+    draw_charts(folder, bounds, results)
+    write_per_image(folder / "per_image.npz", bounds, evaluation.index(images))
     write_json(folder / "metrics.json", results)
     ledger.remove()
-    report(results, folder)
-    seen = set(arguments.split.split("+")) & set(run.config.train_split.split("+"))
-    if seen:
-        print(f"note      the run was trained on {' and '.join(sorted(seen))} images")
-
-
-def report(results: dict[str, Any], folder: Path) -> None:
-    """Print the table and where the files lie."""
-    weights = "moving average of the weights" if results["weights"] == "average" else "last weights"
+    report = evaluation_report(folder, run, results, ladder_pictures(depth))
+    weights = "moving average of the weights" if trained.weights == "average" else "last weights"
     print(
-        f"{results['dataset']}, {results['n_images']:,} {results['split']} images, "
-        f"step {results['step']:,}, {weights}"
+        f"{images.name}, {results['n_images']:,} {arguments.split} images, "
+        f"step {trained.step:,}, {weights}"
     )
     print(table(results))
     if results["warning"] is not None:
         print(f"warning   {results['warning']}")
     print(f"figures   {folder / 'metrics.json'}, {folder / 'per_image.npz'}")
-    print(f"pictures  {folder / 'samples.png'}, {folder / 'reconstructions.png'}")
+    print(f"pictures  {report}")
+    seen = set(arguments.split.split("+")) & set(run.config.train_split.split("+"))
+    if seen:
+        print(f"note      the run was trained on {' and '.join(sorted(seen))} images")
+
+
+def inpaint_images(evaluation: Evaluation) -> None:
+    """Complete images of the split, and draw what was found."""
+    arguments, trained = evaluation.arguments, evaluation.trained
+    if not evaluation.ranks.is_first:
+        return
+    _, height, width = evaluation.run.image_shape
+    missing = read_mask(arguments.inpaint, (height, width)).to(evaluation.device)
+    images, _ = evaluation.load(evaluation.run.config.dataset)
+    index = evaluation.index(images, INPAINTED)
+    x = images.batch(index.to(images.index_device))
+    chains, sweeps = arguments.chains or CHAINS, arguments.sweeps or SWEEPS
+    total = len(x) * chains * sweeps
+    with tqdm(total=total, unit="sweep", disable=not sys.stderr.isatty()) as bar:
+        completions = inpaint(
+            trained.model,
+            trained.guide,
+            x,
+            missing,
+            chains=chains,
+            sweeps=sweeps,
+            warmup=max(1, sweeps // 5),
+            batch_size=evaluation.batch_size,
+            seed=arguments.seed,
+            on_sweep=bar.update,
+        )
+    folder = evaluation.folder
+    draw_completions(folder / "inpainting.png", x, missing, completions)
+    write_completions(folder / "inpainting.npz", index, missing, completions)
+    print(
+        f"{images.name}, {len(x):,} {images.split} images, {int(missing.sum()):,} of "
+        f"{missing.numel():,} pixels completed by {chains} chains of {sweeps} sweeps"
+    )
+    print(f"accepted  {completions.acceptance.mean().item():.1%} of the proposals")
+    print(f"pictures  {folder / 'inpainting.png'}")
+    print(f"images    {folder / 'inpainting.npz'}")
+
+
+def score_images(evaluation: Evaluation) -> None:
+    """Write the bounds of given images and, of two sets, how well they are told apart."""
+    arguments, folder = evaluation.arguments, evaluation.folder
+    depth = len(evaluation.run.config.z_dims)
+    layers = arguments.prior_layers or ([depth // 2] if depth > 1 else [])
+    if wrong := [k for k in layers if not 1 <= k < depth]:
+        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    names = [name for name in (arguments.score, arguments.against) if name is not None]
+    sets = [evaluation.load(name) for name in names]
+    if len({images.name for images, _ in sets}) < len(sets):
+        raise UserError(f"both sets are called {sets[0][0].name}; give --against another one")
+    found, ledgers = [], []
+    for images, _ in sets:
+        scored = {k: evaluation.score(images, arguments.samples, k) for k in (0, *layers)}
+        ledgers += [ledger for _, ledger in scored.values()]
+        bounds = {k: bounds for k, (bounds, _) in scored.items()}
+        found.append(bound_columns(bounds.pop(0), bounds))
+    if not evaluation.ranks.is_first:
+        return
+    for (images, files), columns in zip(sets, found, strict=True):
+        index = evaluation.index(images).tolist()
+        labels = index if files is None else [files[i] for i in index]
+        path = folder / f"scores-{images.name}.csv"
+        write_scores(path, labels, columns)
+        print(f"{images.name}, {len(index):,} {images.split} images: {path}")
+        for name, values in columns.items():
+            print(f"  {name:<24}{values.mean():>12.2f} nats (mean)")
+    if len(sets) == 2:
+        tell_apart(evaluation, [images.name for images, _ in sets], found)
+    for ledger in ledgers:
+        ledger.remove()
+
+
+def tell_apart(
+    evaluation: Evaluation, names: Sequence[str], found: Sequence[Mapping[str, np.ndarray]]
+) -> None:
+    """Print, draw and write how well each score tells the second set from the first."""
+    folder = evaluation.folder
+    inliers, outliers = (outlier_scores(columns) for columns in found)
+    curves = {name: roc(inliers[name], outliers[name]) for name in inliers}
+    title = f"Telling {names[1]} from {names[0]}"
+    draw_roc(
+        folder / "roc.png",
+        {n: (c.false_positive_rate, c.true_positive_rate, c.auroc) for n, c in curves.items()},
+        title=title,
+    )
+    results = {
+        "inliers": names[0],
+        "outliers": names[1],
+        "split": evaluation.arguments.split,
+        "auroc": {name: curve.auroc for name, curve in curves.items()},
+        "standard_error": {name: curve.standard_error for name, curve in curves.items()},
+        **evaluation.origin(),
+    }
+    write_json(folder / "auroc.json", results)
+    print(f"{title}: AUROC")
+    for name, curve in curves.items():
+        error = "" if curve.standard_error is None else f" ± {curve.standard_error:.4f}"
+        print(f"  {name:<24}{curve.auroc:>12.4f}{error}")
+    print(f"figures   {folder / 'auroc.json'}, {folder / 'roc.png'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if arguments.compare:
+        print(compare(arguments.compare, arguments.out or Path()), end="")
+        return 0
     with pyro.validation_enabled(False), joined_ranks() as ranks:
-        evaluate(Evaluation(arguments, ranks))
+        evaluation = Evaluation(arguments, ranks)
+        if arguments.inpaint:
+            inpaint_images(evaluation)
+        elif arguments.score:
+            score_images(evaluation)
+        else:
+            evaluate(evaluation)
     return 0
 
 

@@ -38,10 +38,11 @@ from importance import (
     importance_weighted_bounds,
     random_index,
 )
+from inspection import prior_samples, reconstructions
 from interruption import Interrupted, Interruption
 from monitor import Monitor
 from networks import count_parameters, data_dependent_init
-from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid
+from pictures import reconstruction_grid, sample_grid
 from provenance import provenance
 from schedule import Length, kl_weight, learning_rate
 from svi import SVI, MovingAverage

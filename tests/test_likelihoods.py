@@ -13,8 +13,9 @@ from torch.testing import assert_close
 from distributions import DiscretizedLogistic, DiscretizedLogisticMixture
 from elbo import FreeBitsELBO
 from errors import UserError
+from inspection import prior_samples, reconstructions
 from likelihoods import LIKELIHOODS
-from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid
+from pictures import reconstruction_grid, sample_grid
 
 MakePair = Callable[..., tuple[Any, Any]]
 

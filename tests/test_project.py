@@ -135,6 +135,8 @@ MODULES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "datasets").glob("*.py"))
         ("config", {"datasets", "errors", "likelihoods", "networks"}),
         ("model", {"config", "likelihoods", "networks"}),
         ("guide", {"config", "model", "networks"}),
+        ("inspection", {"datasets", "errors", "guide", "model"}),
+        ("plots", {"atomic"}),
     ],
 )
 def test_imports_point_one_way(name: str, expected: set[str]) -> None:

@@ -6,7 +6,7 @@ well; one that only looks alike in detail needs the lower ones. Hence the log-li
 
     LLR^{>k} = L - L^{>k}
 
-of Havtorn, Frellsen, Hauberg and Maaløe (2021), "Hierarchical VAEs know what they don't know", which
+of Havtorn, Frellsen, Hauberg and Maaløe (2021), "Hierarchical VAEs know what they don't know". It
 finds outliers whose likelihood is as high as that of the training data, or higher.
 """
 

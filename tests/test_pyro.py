@@ -260,6 +260,60 @@ def test_features_given_to_the_guide(make_pair: MakePair, x: Tensor) -> None:
         assert_close(again[name], value)
 
 
+def test_lower_layers_from_their_priors(make_pair: MakePair, x: Tensor) -> None:
+    """Their KL is zero and their posteriors are not run; the layers above are as they were."""
+    model, guide = make_pair(skip=True)
+    model.eval()
+    guide.eval()
+    run: list[int] = []  # the layers whose posterior network is run
+    for i, posterior in enumerate((*guide.posteriors, guide.top_posterior), start=1):
+        posterior.register_forward_hook(lambda *call, layer=i: run.append(layer))
+    for analytic in (False, True):
+        elbo = FreeBitsELBO(analytic_kl=analytic)
+        torch.manual_seed(5)
+        plain = elbo.compute_terms(model, guide, x)
+        z = {name: guide.get_traces()[0].nodes[name]["value"] for name in LATENTS}
+        assert (plain.kl != 0).all()
+        for k in range(4):
+            run.clear()
+            torch.manual_seed(5)
+            terms = elbo.compute_terms(model, guide, x, from_prior=k)
+            assert run == [3, 2, 1][: 3 - k]
+            assert torch.equal(terms.kl[:, :k], torch.zeros(5, k))
+            assert torch.equal(terms.kl[:, k:], plain.kl[:, k:])
+            assert torch.equal(terms.log_likelihood, plain.log_likelihood) == (k == 0)
+            drawn = {name: guide.get_traces()[0].nodes[name]["value"] for name in LATENTS}
+            assert [torch.equal(drawn[f"z_{i}"], z[f"z_{i}"]) for i in (1, 2, 3)] == [
+                i > k for i in (1, 2, 3)
+            ]
+            # What is drawn is what x is scored given.
+            assert_close(terms.log_likelihood, log_probs(model, drawn, x)["x"])
+
+
+def test_all_layers_from_their_priors_is_a_draw_of_the_model(
+    make_pair: MakePair, x: Tensor
+) -> None:
+    model, guide = make_pair()
+    model.eval()
+    guide.eval()
+    torch.manual_seed(6)
+    expected = prior_draw(model, len(x))
+    torch.manual_seed(6)
+    drawn = guide(x, from_prior=3)
+    for name in LATENTS:
+        assert torch.equal(drawn[name], expected[name])
+    assert not torch.equal(guide(x)["z_1"], drawn["z_1"])  # it holds for one call
+
+
+@pytest.mark.parametrize("layers", [-1, 4])
+def test_more_layers_from_priors_than_there_are(
+    make_pair: MakePair, x: Tensor, layers: int
+) -> None:
+    _, guide = make_pair()
+    with pytest.raises(ValueError, match="must be from 0 to 3 layers"):
+        guide(x, from_prior=layers)
+
+
 @pytest.mark.parametrize(
     ("skip", "parents"),
     [

@@ -188,9 +188,8 @@ def _weights(results: Mapping[str, Any]) -> list[Markup]:
         share, median = pareto.get("share_above_0.7"), _number(pareto.get("median"), ".2f")
         parts.append(
             page.paragraph(
-                f"Pareto k-hat is above 0.7 for {_number(share, '.1%')} of the images (median "
-                f"{median}). For these a few samples carry most of the weight, and the bound is "
-                "not yet an estimate of the log-likelihood."
+                "Pareto k-hat is above 0.7, where a few samples carry most of the weight, for "
+                f"{_number(share, '.1%')} of the images; its median is {median}."
             )
         )
     return parts

@@ -9,12 +9,15 @@ files that evaluate.py wrote, and from reference.json, which holds the published
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import comparison
 import datasets
+from comparison import Scored
 from config import PRESETS, Config
 from guide import build_ladder
 from networks import count_parameters
@@ -28,52 +31,22 @@ def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
 
 
-def read_if_there(name: str) -> dict[str, Any]:
-    """A JSON file of results/, or an empty object."""
-    return read(name) if (RESULTS / name).exists() else {}
-
-
-def figure(metrics: dict[str, Any], key: str) -> str:
-    """One bound of a metrics.json, with bits per dimension for colour; empty where missing."""
-    value = metrics.get("elbo") if key == "elbo" else metrics.get("iw", {}).get(key)
-    if value is None:
-        return ""
-    bits = metrics.get("bits_per_dim", {}).get(key)
-    if value > 1000 and bits is not None:
-        return f"{value:.0f} ({bits:.2f})"
-    return f"{value:.2f}"
-
-
-def source(metrics: dict[str, Any]) -> str:
-    """Where a metrics.json comes from, in a few words."""
-    if not metrics:
-        return ""
-    scored, trained = metrics["provenance"], metrics["trained"]
-    if trained.get("commit") in (None, scored["commit"]):
-        return f"{scored['machine']}, commit {scored['commit']}"
-    return (
-        f"{trained['machine']}, commit {trained['commit']}; "
-        f"scored on {scored['machine']}, commit {scored['commit']}"
-    )
-
-
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def likelihood_table() -> str:
-    """The reference's table beside ours."""
-    bounds = {"elbo": "ELBO", "100": "100 samples", "1000": "1000 samples"}
-    header = ["data", "layers"]
-    header += [f"{who}: {name}" for name in bounds.values() for who in ("reference", "ours")]
-    rows = []
+    """The published figures, and below each of them ours where we have them."""
+    runs = []
     for reference in read("reference.json")["rows"]:
-        ours = read_if_there(f"{reference['preset']}/metrics.json")
-        row = [reference["data"], str(reference["layers"])]
-        row += [figure(m, key) for key in bounds for m in (reference, ours)]
-        rows.append([*row, source(ours)])
-    return markdown([*header, "ours obtained on"], rows)
+        runs.append(Scored("reference", reference))
+        ours = f"{reference['preset']}/metrics.json"
+        if (RESULTS / ours).exists():
+            runs.append(Scored("ours", Scored.read(RESULTS / ours).figures))
+    # The best of a data set would be the deepest ladder: it says nothing of the two.
+    table = comparison.columns(runs, ("data", "layers", "run", "bounds", "origin"))
+    return comparison.markdown([replace(column, best=frozenset()) for column in table])
 
 
 def learning_table() -> str:
@@ -81,8 +54,8 @@ def learning_table() -> str:
     rows = []
     for steps, reference in read("reference.json")["small_static_mnist"].items():
         some = reference.get("elbo_of_the_images_with_bounds")
-        row = [f"{int(steps):,}", "reference", figure(reference, "elbo"), f"{some or ''}"]
-        rows.append([*row, figure(reference, "100"), ""])
+        row = [f"{int(steps):,}", "reference", f"{reference['elbo']:.2f}", f"{some or ''}"]
+        rows.append([*row, f"{reference['iw']['100']:.2f}", ""])
         for folder in sorted((RESULTS / "small-static-mnist").glob(f"seed-*-step-{steps}")):
             seed = folder.name.split("-")[1]
             rows.append([f"{int(steps):,}", f"ours, seed {seed}", *_learned(folder.name)])
@@ -97,7 +70,7 @@ def _learned(folder: str) -> list[str]:
     whole = read(f"small-static-mnist/{folder}/elbo.json")
     some = read(f"small-static-mnist/{folder}/bound.json")
     bounds = [_with_error(whole, "elbo"), _with_error(some, "elbo"), _with_error(some, "100")]
-    return [*bounds, source(whole)]
+    return [*bounds, comparison.origin(whole)]
 
 
 def _with_error(metrics: dict[str, Any], key: str) -> str:
@@ -113,7 +86,7 @@ def demo_table() -> str:
         bits = f"{metrics['bits_per_dim'][k]:.3f}"
         rows.append([f"{k} importance sample{'s' * (k != '1')}", _with_error(metrics, k), bits])
     table = markdown(["negative bound, test images", "nats", "bits/dim"], rows)
-    return f"{table}\n\nObtained on {source(metrics)}."
+    return f"{table}\n\nObtained on {comparison.origin(metrics)}."
 
 
 def presets_table() -> str:
@@ -155,10 +128,10 @@ TABLES: dict[str, Callable[[], str]] = {
 def written(text: str) -> str:
     """README.md's `text` with its tables as results/ has them."""
 
-    def replace(match: re.Match[str]) -> str:
+    def table(match: re.Match[str]) -> str:
         return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
 
-    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", replace, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """README.md: its tables are what results/ holds, and its code and links are right."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import evaluate
 import reference_checkpoint
+import report
 import train_svi
 from config import config_from, given_options
 from results import readme
@@ -47,6 +49,31 @@ def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "old" not in table
 
 
+def test_our_figures_stand_below_the_published_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where results/PRESET/metrics.json is there, and no column is empty where it is not."""
+    for name in ("reference.json", "demo"):
+        (tmp_path / name).symlink_to(readme.RESULTS / name)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    header = [cell.strip() for cell in readme.likelihood_table().splitlines()[0].split("|")]
+    assert header[1:-1] == ["data", "layers", "run", "ELBO", "100 samples", "1,000 samples"]
+    content = {
+        **{"elbo": 80.0, "iw": {"100": 78.25}, "standard_error": {"elbo": 0.25, "100": 0.2}},
+        **{"dataset": "static_mnist", "split": "test", "n_images": 10000, "step": 1, "layers": 6},
+        **{"kl_per_layer": [1.0], "provenance": {"machine": "a GPU", "commit": "abc"}},
+    }
+    (tmp_path / "mnist-6").mkdir()
+    (tmp_path / "mnist-6" / "metrics.json").write_text(json.dumps(content))
+    rows = [
+        re.findall(r"[^| ][^|]*[^| ]|[^| ]", row) for row in readme.likelihood_table().split("\n")
+    ]
+    assert rows[3:5] == [
+        ["static_mnist", "6", "reference", "80.74", "78.65", "78.52"],
+        ["static_mnist", "6", "ours", "80.00 ± 0.25", "78.25 ± 0.20", "a GPU, commit abc"],
+    ]
+
+
 def test_files_it_names_are_there() -> None:
     """Every relative link leads somewhere."""
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
@@ -75,6 +102,7 @@ SCRIPTS: dict[str, Any] = {
     "train_svi.py": train_svi,
     "evaluate.py": evaluate,
     "reference_checkpoint.py": reference_checkpoint,
+    "report.py": report,
 }
 
 

@@ -276,7 +276,12 @@ class Evaluation:
             from_prior=from_prior,
         )
         modules = nn.ModuleList([self.trained.model, self.trained.guide])
-        origin = {"code": commit(), "torch": torch.__version__, "device": self.device.type}
+        origin = {
+            "config": self.run.config.to_dict(),
+            "code": commit(),
+            "torch": torch.__version__,
+            "device": self.device.type,
+        }
         ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
         return score(sampler, ledger, self.ranks), ledger
 

@@ -70,7 +70,10 @@ def _pareto(k_hat: Tensor) -> dict[str, float] | None:
 
 
 def warning(bounds: Bounds, samples: int) -> str | None:
-    """A sentence where the bound is no estimate of the log-likelihood, or where none can tell."""
+    """A sentence where the bound is no estimate of the log-likelihood.
+
+    None where it may be one, or where the samples are too few to tell.
+    """
     if bounds.pareto_k.isnan().all():
         return None
     share = (bounds.pareto_k > UNRELIABLE).double().mean().item()

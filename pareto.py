@@ -54,7 +54,8 @@ def generalized_pareto_shape(excess: Tensor) -> Tensor:
     steps = torch.arange(1, trials + 1, dtype=x.dtype) - 0.5
     b = 1 / x[:, -1:] + (1 - (trials / steps).sqrt()) / (3 * quartile)
     shapes = torch.log1p(-b[:, :, None] * x[:, None, :]).mean(-1)
-    likelihood = m * ((-b / shapes).log() - shapes - 1)
+    # Numbers that are almost all the same can have a trial at 0, which has no shape: left out.
+    likelihood = (m * ((-b / shapes).log() - shapes - 1)).nan_to_num(-torch.inf)
     best = (likelihood.softmax(-1) * b).sum(-1, keepdim=True)  # (N, 1)
     shape = torch.log1p(-best * x).mean(-1)
     return (m * shape + _PRIOR_WEIGHTS * _PRIOR_SHAPE) / (m + _PRIOR_WEIGHTS)

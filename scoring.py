@@ -24,8 +24,13 @@ from checkpoint import to_json
 from importance import Bounds, ImportanceSampler
 from ranks import Ranks
 
-# Each record: the group's number and the CRC-32 of its table; then the table, float64.
+# Each record: the group's number and a checksum; then the group's table, float64.
 _HEADER = struct.Struct("<qI")
+
+
+def _checksum(number: int, content: bytes) -> int:
+    """The CRC-32 of a table, which starts from the group's number: that counts too."""
+    return zlib.crc32(content, number)
 
 
 def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[str, Any]) -> str:
@@ -78,13 +83,13 @@ class Ledger:
         path = self.folder / f"{self.key}.{uuid.uuid4().hex[:8]}"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("xb")
+            # Without a buffer, which would be written again, and fail again, when it is closed.
+            file = path.open("xb", buffering=0)
 
         def add(number: int, table: Tensor) -> None:
             content = table.numpy().tobytes()
             with writing(path):
-                file.write(_HEADER.pack(number, zlib.crc32(content)) + content)
-                file.flush()  # so that a process that is killed leaves all that it had finished
+                file.write(_HEADER.pack(number, _checksum(number, content)) + content)
 
         with file:
             yield add
@@ -107,7 +112,7 @@ class Ledger:
             rows = self._sampler.size(number)
             start += _HEADER.size
             table = content[start : start + 8 * rows * self._sampler.columns]
-            if zlib.crc32(table) != checksum:
+            if _checksum(number, table) != checksum:
                 break
             start += len(table)
             tables[number] = torch.frombuffer(bytearray(table), dtype=torch.float64).view(rows, -1)

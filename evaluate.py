@@ -125,9 +125,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MASK",
         help=f"complete images: {', '.join(MASKS)}, or an image file, white where to complete",
     )
-    modes.add_argument(
-        "--sweeps", type=int, metavar="N", help=f"of --inpaint (default: {SWEEPS})"
-    )
+    modes.add_argument("--sweeps", type=int, metavar="N", help=f"of --inpaint (default: {SWEEPS})")
     modes.add_argument(
         "--chains", type=int, metavar="N", help=f"completions of an image (default: {CHAINS})"
     )
@@ -214,7 +212,9 @@ def check_mode(arguments: argparse.Namespace) -> None:
     for mode, options in belonging.items():
         for name in options:
             if getattr(arguments, name) is not None and mode not in modes:
-                raise UserError(f"--{name.replace('_', '-')} goes with --{mode}, which is not given")
+                raise UserError(
+                    f"--{name.replace('_', '-')} goes with --{mode}, which is not given"
+                )
 
 
 class Evaluation:
@@ -305,7 +305,9 @@ def evaluate(evaluation: Evaluation) -> None:
     """Score the run's images, draw its pictures, write a report, and print what was found."""
     arguments, run, trained = evaluation.arguments, evaluation.run, evaluation.trained
     depth, folder = len(run.config.z_dims), evaluation.folder
-    temperature = arguments.temperature if len(arguments.temperature) > 1 else arguments.temperature[0]
+    temperature = (
+        arguments.temperature if len(arguments.temperature) > 1 else arguments.temperature[0]
+    )
     check_temperature(temperature, depth)
     images, _ = evaluation.load(run.config.dataset)
     bounds, ledger = evaluation.score(images, curve_samples(arguments.samples))

@@ -16,7 +16,7 @@ generative models": it is as wrong as the guide, but a chain leaves a poor start
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro.distributions as dist
@@ -24,6 +24,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from atomic import write_atomically
 from datasets.folder import read_picture
 from draws import torch_seed
 from errors import UserError
@@ -90,6 +91,26 @@ class Completions:
     images: Tensor  # (N, chains, C, H, W), each chain's last image
     mean: Tensor  # (N, C, H, W), the mean over chains and sweeps
     acceptance: Tensor  # (N,), the share of proposals accepted after the warm-up
+
+
+def write_completions(path: Path, index: Tensor, missing: Tensor, completions: Completions) -> None:
+    """Write what was found as an .npz file: images are uint8, level = 255 * value.
+
+    `image` (N,) are the numbers in the split, `missing` is bool (H, W), `completions`
+    (N, chains, C, H, W), `mean` (N, C, H, W) and `acceptance` (N,).
+    """
+    arrays: dict[str, Any] = {
+        "image": index.numpy(),
+        "missing": missing.cpu().numpy(),
+        "completions": _levels(completions.images),
+        "mean": _levels(completions.mean),
+        "acceptance": completions.acceptance.cpu().numpy(),
+    }
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def _levels(images: Tensor) -> np.ndarray:
+    return (images * 255).round().byte().cpu().numpy()
 
 
 def inpaint(

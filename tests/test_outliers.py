@@ -17,7 +17,8 @@ def made_bounds(seed: int) -> Bounds:
     """Of four images, for 1 and 10 samples."""
     generator = torch.Generator().manual_seed(seed)
     elbo, one, ten, log_likelihood = torch.randn(4, 4, dtype=torch.float64, generator=generator)
-    return Bounds(elbo, {1: one, 10: ten}, log_likelihood, torch.zeros(4, 3))
+    none = torch.full((4,), torch.nan)
+    return Bounds(elbo, {1: one, 10: ten}, log_likelihood, torch.zeros(4, 3), none, none)
 
 
 def share_of_pairs(inliers: np.ndarray, outliers: np.ndarray) -> float:

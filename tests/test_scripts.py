@@ -12,10 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,16 +31,19 @@ from checkpoint import FORMAT, Run
 from config import Config, config_from
 from datasets import static_mnist
 from datasets.cache import Contents
-from errors import run_command
 from importance import importance_weighted_bounds
 from networks import Merge, ResidualBlock
 from pictures import reconstruction_grid, sample_grid
-
-
-def words(line: str) -> list[str]:
-    """The arguments of a command line."""
-    return line.split()
-
+from tests.commands import (
+    Result,
+    content,
+    is_one_line_error,
+    refusal,
+    run,
+    script,
+    subprocess_environment,
+    words,
+)
 
 ROOT = Path(__file__).parent.parent
 NAMES = datasets.NAMES
@@ -61,15 +62,6 @@ REFERENCE_COMMAND = words("""
 """)
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command leaves in a terminal."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths lead into a folder of the test's own."""
@@ -77,60 +69,11 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LVAE_DATA", raising=False)
 
 
-def run(main: Callable[[Sequence[str]], int], *arguments: object) -> Result:
-    """Run a script in this process, as its last lines do."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
-        run_command(lambda: main([str(argument) for argument in arguments]))
-    code = exit.value.code
-    assert isinstance(code, int)
-    return Result(code, out.getvalue(), err.getvalue())
-
-
 def train(*arguments: object) -> Result:
     """Train in this process; must go well."""
     result = run(train_svi.main, *arguments)
     assert result.code == 0, result.err
     return result
-
-
-def is_one_line_error(result: Result) -> bool:
-    return (
-        result.code == 2
-        and re.fullmatch(r"error: [^\n]+\n", result.err) is not None
-        and result.err[:-1].isprintable()  # no colours of the terminal either
-    )
-
-
-def refusal(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
-    """The one line with which a command is refused."""
-    result = run(main, *arguments)
-    assert is_one_line_error(result), result
-    assert result.out == ""
-    return result.err
-
-
-def subprocess_environment(**changes: str) -> dict[str, str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | changes
-    environment.pop("LVAE_DATA", None)
-    return environment
-
-
-def script(name: str, *arguments: object, **changes: str) -> Result:
-    """Run a script as a user does."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=subprocess_environment(**changes), timeout=300
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def content(folder: Path) -> dict[str, bytes | None]:
-    """All that lies in a folder: bytes of the files, None for folders."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 def entries(folder: Path) -> list[dict[str, float]]:

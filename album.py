@@ -9,6 +9,7 @@ from torch import Tensor
 
 from config import Config
 from datasets import ImageSet
+from draws import torch_seed
 from guide import LadderGuide
 from importance import Bounds, random_index
 from inpainting import Completions
@@ -48,7 +49,8 @@ def draw_album(
     `temperature` is that of the samples; the images shown and all draws depend on `seed`. Put model
     and guide in evaluation mode first. Raises `UserError` where a file cannot be written.
     """
-    torch.manual_seed(seed)
+    # Each picture has noise of its own, so that it stays the same whatever the others show.
+    torch.manual_seed(torch_seed(seed, 0))
     warmth = temperature if isinstance(temperature, Sequence) else [temperature]
     title = "Samples from the prior"
     if any(t != 1 for t in warmth):
@@ -56,14 +58,17 @@ def draw_album(
     samples = prior_samples(model, _SAMPLES, temperature)
     draw_samples(folder / "samples.png", samples, title=title)
 
+    torch.manual_seed(torch_seed(seed, 1))
     x = images.batch(_some(images, _RECONSTRUCTIONS, seed).to(images.index_device))
     draw_reconstructions(folder / "reconstructions.png", x, reconstructions(guide, x))
 
+    torch.manual_seed(torch_seed(seed, 2))
     _draw_layers(folder, model, config, images)
     ends = x[:2]
     if len(ends) == 2:
         between = interpolations(model, guide, ends, _STEPS)
         draw_interpolations(folder / "interpolation.png", between, ends)
+    torch.manual_seed(torch_seed(seed, 3))
     some = _some(images, _KL_IMAGES, seed)
     draw_kl_maps(folder / "kl_maps.png", kl_maps(guide, images, some, batch_size))
 

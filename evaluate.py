@@ -28,7 +28,7 @@ from tqdm import tqdm
 import datasets
 from album import draw_album, draw_charts, draw_completions
 from checkpoint import Run, load_weights, write_json
-from comparison import compare
+from comparison import Scored, compare
 from config import OneLineParser
 from datasets import ImageSet
 from datasets.folder import load_folder
@@ -43,7 +43,7 @@ from memory import automatic_batch_size
 from metrics import curve_samples, metrics, table, write_per_image
 from model import LadderModel
 from networks import count_parameters
-from outliers import bound_columns, outlier_scores, roc, write_scores
+from outliers import Roc, bound_columns, is_ratio, outlier_scores, roc, write_scores
 from plots import draw_roc
 from provenance import commit, provenance
 from ranks import Ranks, joined_ranks
@@ -350,6 +350,14 @@ def evaluate(evaluation: Evaluation) -> None:
         print(f"note      the run was trained on {' and '.join(sorted(seen))} images")
 
 
+def update_report(evaluation: Evaluation) -> None:
+    """Write the report anew where there is one, with the pictures there are now."""
+    folder, run = evaluation.folder, evaluation.run
+    if (folder / "metrics.json").exists():
+        figures = Scored.read(folder).figures
+        evaluation_report(folder, run, figures, ladder_pictures(len(run.config.z_dims)))
+
+
 def inpaint_images(evaluation: Evaluation) -> None:
     """Complete images of the split, and draw what was found."""
     arguments, trained = evaluation.arguments, evaluation.trained
@@ -378,6 +386,7 @@ def inpaint_images(evaluation: Evaluation) -> None:
     folder = evaluation.folder
     draw_completions(folder / "inpainting.png", x, missing, completions)
     write_completions(folder / "inpainting.npz", index, missing, completions)
+    update_report(evaluation)
     print(
         f"{images.name}, {len(x):,} {images.split} images, {int(missing.sum()):,} of "
         f"{missing.numel():,} pixels completed by {chains} chains of {sweeps} sweeps"
@@ -427,10 +436,11 @@ def tell_apart(
     folder = evaluation.folder
     inliers, outliers = (outlier_scores(columns) for columns in found)
     curves = {name: roc(inliers[name], outliers[name]) for name in inliers}
+    drawn = [f"bound_{evaluation.arguments.samples[-1]}", *(n for n in curves if is_ratio(n))]
     title = f"Telling {names[1]} from {names[0]}"
     draw_roc(
         folder / "roc.png",
-        {n: (c.false_positive_rate, c.true_positive_rate, c.auroc) for n, c in curves.items()},
+        {name: _points(curves[name]) for name in drawn},
         title=title,
     )
     results = {
@@ -442,11 +452,16 @@ def tell_apart(
         **evaluation.origin(),
     }
     write_json(folder / "auroc.json", results)
+    update_report(evaluation)
     print(f"{title}: AUROC")
     for name, curve in curves.items():
         error = "" if curve.standard_error is None else f" ± {curve.standard_error:.4f}"
         print(f"  {name:<24}{curve.auroc:>12.4f}{error}")
     print(f"figures   {folder / 'auroc.json'}, {folder / 'roc.png'}")
+
+
+def _points(curve: Roc) -> tuple[np.ndarray, np.ndarray, float]:
+    return curve.false_positive_rate, curve.true_positive_rate, curve.auroc
 
 
 def main(argv: Sequence[str] | None = None) -> int:

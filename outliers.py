@@ -49,9 +49,12 @@ def outlier_scores(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     The ratios as they are, and the bounds with their sign changed.
     """
-    return {
-        name: values if name.startswith(_RATIO) else -values for name, values in columns.items()
-    }
+    return {name: values if is_ratio(name) else -values for name, values in columns.items()}
+
+
+def is_ratio(name: str) -> bool:
+    """Whether the column `name` holds log-likelihood ratios, and no bounds."""
+    return name.startswith(_RATIO)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,9 @@ def draw_roc(
     figure, axes = _new_figure(title, "false positive rate", "true positive rate", height=6.0)
     for name, (false_positive_rate, true_positive_rate, area) in curves.items():
         label = f"{name}: AUROC {area:.3f}"
-        axes.plot(false_positive_rate, true_positive_rate, linewidth=1.8, label=label)
+        axes.plot(
+            false_positive_rate, true_positive_rate, linewidth=1.8, label=label, clip_on=False
+        )
     axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", label="chance: AUROC 0.500")
     axes.set_aspect("equal")
     axes.set(xlim=(0, 1), ylim=(0, 1))

@@ -48,7 +48,7 @@ img.paper { background: #ffffff; border-radius: 4px; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 34rem) { body { padding-top: 1rem; font-size: 15px; }
-  th, td { padding-right: .7rem; } .bar { max-width: 20vw; } }
+  table { font-size: .84rem; } th, td { padding-right: .7rem; } .bar { max-width: 20vw; } }
 @media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .wide { overflow: visible; } }
 """

@@ -46,8 +46,8 @@ def ladder_pictures(layers: int) -> list[Picture]:
         Picture(
             "reconstructions.png",
             "Reconstructions",
-            "Rows of images that were held out, each above a row of their reconstructions: the "
-            "means of p(x | z) for one draw of z from q(z | x).",
+            "Rows of images, each above a row of their reconstructions: the means of p(x | z) for "
+            "one draw of z from q(z | x).",
         ),
         Picture(
             "layers.png",
@@ -69,7 +69,7 @@ def ladder_pictures(layers: int) -> list[Picture]:
         Picture(
             "interpolation.png",
             "Interpolation",
-            "From one held-out image to another, by the latents of the upper layers down to the "
+            "From one image to another, by the latents of the upper layers down to the "
             "one of the row. The upper rows change what is shown, the lowest one ends in the "
             "reconstructions.",
         ),

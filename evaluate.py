@@ -52,6 +52,15 @@ from scoring import Ledger, fingerprint, score
 
 # Of --inpaint: images, chains of each, and sweeps of each chain, a fifth of them warm-up.
 INPAINTED, CHAINS, SWEEPS = 8, 6, 200
+# The modes that make use of an option; of one not listed, all but --compare.
+_USERS = {
+    "samples": ("evaluate", "score"),
+    "temperature": ("evaluate",),
+    "sweeps": ("inpaint",),
+    "chains": ("inpaint",),
+    "against": ("score",),
+    "prior_layers": ("score",),
+}
 
 
 @dataclass(frozen=True)
@@ -84,26 +93,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "run", type=Path, nargs="?", metavar="RUN", help="run folder of train_svi.py"
     )
-    parser.add_argument(
-        "--checkpoint", default="last", metavar="STEP", help="step, or last (default: last)"
-    )
+    parser.add_argument("--checkpoint", metavar="STEP", help="step, or last (default: last)")
     parser.add_argument(
         "--average",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="use the moving average of the weights where the run has one (default: yes)",
     )
     parser.add_argument(
         "--samples",
         type=int,
         nargs="+",
-        default=[1, 100],
         metavar="K",
         help="numbers of importance samples, rising (default: 1 100)",
     )
-    parser.add_argument(
-        "--split", default="test", choices=datasets.SPLITS, help="images to score (default: test)"
-    )
+    parser.add_argument("--split", choices=datasets.SPLITS, help="images to score (default: test)")
     parser.add_argument(
         "--limit",
         type=int,
@@ -114,7 +117,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--temperature",
         type=float,
         nargs="+",
-        default=[1.0],
         metavar="T",
         help="factor on the standard deviations of the prior in samples.png, one for all layers "
         "or one for each, bottom to top (default: 1)",
@@ -161,25 +163,41 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="images times samples per pass (default: by the network and the memory)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of all noise and of --limit's choice (default: 0)"
+        "--seed", type=int, help="of all noise and of --limit's choice (default: 0)"
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
         help="where the data sets are kept (default: LVAE_DATA in the environment, or data/)",
     )
     arguments = parser.parse_args(argv)
+    arguments.mode = mode_of(arguments)
+    for name, default in defaults().items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     check_arguments(arguments)
     return arguments
 
 
+def defaults() -> dict[str, Any]:
+    """Of the options that have one; while parsing, what was not given is None."""
+    return {
+        "checkpoint": "last",
+        "average": True,
+        "samples": [1, 100],
+        "split": "test",
+        "temperature": [1.0],
+        "sweeps": SWEEPS,
+        "chains": CHAINS,
+        "seed": 0,
+        "device": "auto",
+        "data_dir": Path(os.environ.get("LVAE_DATA", "data")),
+    }
+
+
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` for values that make no sense, and for options that would do nothing."""
-    check_mode(arguments)
+    """Raise `UserError` for values that make no sense."""
     samples = arguments.samples
     if samples[0] < 1 or any(a >= b for a, b in itertools.pairwise(samples)):
         raise UserError(
@@ -196,25 +214,28 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, or last")
 
 
-def check_mode(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` unless one thing is asked for, with options that belong to it."""
-    modes = [name for name in ("inpaint", "score", "compare") if getattr(arguments, name)]
-    if len(modes) > 1:
-        raise UserError(f"--{modes[0]} and --{modes[1]} are two things; ask for one at a time")
-    if arguments.run is None and not arguments.compare:
-        raise UserError("RUN is missing: give the run folder of train_svi.py (see --help)")
-    if arguments.run is not None and arguments.compare:
+def mode_of(arguments: argparse.Namespace) -> str:
+    """What is asked for: "evaluate", "inpaint", "score" or "compare".
+
+    Raises `UserError` for two things at a time, and for options that would do nothing.
+    """
+    asked = [mode for mode in ("inpaint", "score", "compare") if getattr(arguments, mode)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} are two things; ask for one at a time")
+    mode = asked[0] if asked else "evaluate"
+    if mode == "compare" and arguments.run is not None:
         raise UserError(f"give all runs behind --compare, {arguments.run} too")
-    belonging = {
-        "inpaint": ("sweeps", "chains"),
-        "score": ("against", "prior_layers"),
-    }
-    for mode, options in belonging.items():
-        for name in options:
-            if getattr(arguments, name) is not None and mode not in modes:
-                raise UserError(
-                    f"--{name.replace('_', '-')} goes with --{mode}, which is not given"
-                )
+    if mode != "compare" and arguments.run is None:
+        raise UserError("RUN is missing: give the run folder of train_svi.py (see --help)")
+    for name, value in vars(arguments).items():
+        users = _USERS.get(name, ("evaluate", "inpaint", "score"))
+        if value is None or name in ("run", "out", *asked) or mode in users:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if mode == "evaluate":
+            raise UserError(f"{option} goes with --{users[0]}, which is not given")
+        raise UserError(f"{option} does nothing with --{mode}; leave it out")
+    return mode
 
 
 class Evaluation:
@@ -368,7 +389,7 @@ def inpaint_images(evaluation: Evaluation) -> None:
     images, _ = evaluation.load(evaluation.run.config.dataset)
     index = evaluation.index(images, INPAINTED)
     x = images.batch(index.to(images.index_device))
-    chains, sweeps = arguments.chains or CHAINS, arguments.sweeps or SWEEPS
+    chains, sweeps = arguments.chains, arguments.sweeps
     total = len(x) * chains * sweeps
     with tqdm(total=total, unit="sweep", disable=not sys.stderr.isatty()) as bar:
         completions = inpaint(
@@ -466,14 +487,14 @@ def _points(curve: Roc) -> tuple[np.ndarray, np.ndarray, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if arguments.compare:
+    if arguments.mode == "compare":
         print(compare(arguments.compare, arguments.out or Path()), end="")
         return 0
     with pyro.validation_enabled(False), joined_ranks() as ranks:
         evaluation = Evaluation(arguments, ranks)
-        if arguments.inpaint:
+        if arguments.mode == "inpaint":
             inpaint_images(evaluation)
-        elif arguments.score:
+        elif arguments.mode == "score":
             score_images(evaluation)
         else:
             evaluate(evaluation)

@@ -239,6 +239,8 @@ def test_runs_are_compared(run_folder: Path, trained: Path, tmp_path: Path) -> N
         ("--sweeps 3", ["--sweeps goes with --inpaint"]),
         ("--against digits", ["--against goes with --score"]),
         ("--prior-layers 1", ["--prior-layers goes with --score"]),
+        ("--score digits --temperature 1", ["--temperature does nothing with --score"]),
+        ("--inpaint left --samples 3", ["--samples does nothing with --inpaint"]),
         ("--score digits --prior-layers 2", ["--prior-layers is 2", "from 1 to 1"]),
         ("--score digits --prior-layers 0", ["--prior-layers is 0"]),
         ("--score digits --inpaint left", ["--inpaint and --score", "one"]),
@@ -270,6 +272,8 @@ def test_what_makes_no_sense_is_refused(
 
 def test_a_comparison_needs_figures(run_folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(run_folder / "eval")
+    line = refusal(evaluate.main, "--compare", run_folder, "--limit", 3)
+    assert "--limit does nothing with --compare" in line
     line = refusal(evaluate.main, "--compare", run_folder)
     assert f"{run_folder} has not been evaluated yet" in line
     assert not (tmp_path / "comparison.md").exists()

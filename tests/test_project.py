@@ -238,7 +238,7 @@ def test_every_field_of_config_is_an_option_that_shows_its_default(
     ("main", "without"),
     [
         (train_svi.main, {"--help", "--nocuda", "--dry-run", "--preset", "--resume"}),
-        (evaluate.main, {"--help"}),
+        (evaluate.main, {"--help", "--inpaint", "--score", "--against", "--compare"}),
     ],
     ids=["train_svi", "evaluate"],
 )

@@ -106,9 +106,18 @@ SCRIPTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "python"], ids=" ".join)
+def is_of_a_script(command: list[str]) -> bool:
+    """Whether it runs one of ours, by itself or as several processes."""
+    return command[0] in ("python", "torchrun")
+
+
+@pytest.mark.parametrize("command", list(filter(is_of_a_script, COMMANDS)), ids=" ".join)
 def test_command_lines_are_understood(command: list[str]) -> None:
     """Every option of every command is one of the script's, and together they make sense."""
+    if command[0] == "torchrun":
+        assert command[1] == "--nproc-per-node"
+        assert command[2].isdecimal()
+        command = ["python", *command[3:]]
     arguments = SCRIPTS[command[1]].parse_arguments(command[2:])
     if command[1] == "train_svi.py" and arguments.resume is None:
         # The command without a preset is the original implementation's, of twelve layers.
@@ -129,4 +138,4 @@ def test_other_commands_are_there() -> None:
     targets = {command[1] for command in COMMANDS if command[0] == "make"}
     assert targets == {"demo", "test"}
     assert all(re.search(rf"(?m)^{target}:", makefile) for target in (*targets, "setup"))
-    assert {command[0] for command in COMMANDS} == {"make", "python", "tensorboard"}
+    assert {command[0] for command in COMMANDS} == {"make", "python", "tensorboard", "torchrun"}

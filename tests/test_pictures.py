@@ -86,9 +86,11 @@ def test_a_grid_is_torchvisions(shape: tuple[int, ...]) -> None:
     assert_close(sample_grid(images, 4), expected, rtol=0, atol=0)
 
 
-def test_all_256_levels_are_written_as_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("off", [-0.4, 0.0, 0.4])
+def test_the_nearest_of_256_levels_is_written(off: float, tmp_path: Path) -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    write_png(tmp_path / "levels.png", (levels / 255).expand(3, -1, -1))
+    picture = ((levels + off) / 255).clamp(0, 1).expand(3, -1, -1)
+    write_png(tmp_path / "levels.png", picture)
     assert (pixels(tmp_path / "levels.png") == levels.unsqueeze(-1)).all()
 
 

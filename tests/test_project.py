@@ -135,6 +135,8 @@ MODULES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "datasets").glob("*.py"))
         ("config", {"datasets", "errors", "likelihoods", "networks"}),
         ("model", {"config", "likelihoods", "networks"}),
         ("guide", {"config", "model", "networks"}),
+        ("inpainting", {"datasets", "draws", "errors", "guide", "model"}),
+        ("outliers", {"atomic", "errors", "importance"}),
     ],
 )
 def test_imports_point_one_way(name: str, expected: set[str]) -> None:

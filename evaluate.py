@@ -51,7 +51,7 @@ from report import evaluation_report, ladder_pictures
 from scoring import Ledger, fingerprint, score
 
 # Of --inpaint: images, chains of each, and sweeps of each chain, a fifth of them warm-up.
-INPAINTED, CHAINS, SWEEPS = 8, 6, 200
+INPAINTED, CHAINS, SWEEPS = 8, 6, 100
 # The modes that make use of an option; of one not listed, all but --compare.
 _USERS = {
     "samples": ("evaluate", "score"),

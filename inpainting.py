@@ -13,6 +13,7 @@ Rezende, Mohamed and Wierstra (2014), "Stochastic backpropagation and approximat
 generative models": it is as wrong as the guide, but a chain leaves a poor start at once.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
     if text in _AREAS:
         mask[_AREAS[text](*image_size)] = True
     else:
-        mask = torch.from_numpy(_mask_from_file(Path(text).expanduser(), image_size))
+        mask = torch.from_numpy(_mask_from_file(Path(os.path.expanduser(text)), image_size))
     if not mask.any():
         raise UserError(f"the mask {text} masks no pixel: make white those to be completed")
     if mask.all():
@@ -71,7 +72,7 @@ def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
 
 
 def _mask_from_file(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    if not path.is_file():
+    if not os.path.isfile(path):  # without an error, whatever the text
         raise UserError(f"there is no mask {path}: give {', '.join(MASKS)}, or an image file")
     levels = read_picture(path)  # (H, W, 1) or (H, W, 3)
     height, width = image_size
@@ -89,7 +90,7 @@ class Completions:
     """What chains that completed N images found, on the images' device."""
 
     images: Tensor  # (N, chains, C, H, W), each chain's last image
-    mean: Tensor  # (N, C, H, W), the mean over chains and sweeps
+    mean: Tensor  # (N, C, H, W), of p(x_mis | z) over chains and sweeps
     acceptance: Tensor  # (N,), the share of proposals accepted after the warm-up
 
 

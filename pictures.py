@@ -17,8 +17,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from atomic import write_atomically
-from inspection import prior_samples as prior_samples
-from inspection import reconstructions as reconstructions
 
 # Small images are enlarged, pixel by pixel, until a grid's rows are about this high.
 _LEGIBLE = 56

@@ -4,6 +4,7 @@ Pictures are read as data: no resizing, no thresholding, nothing guessed. What d
 model as it is, is refused by name.
 """
 
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,7 +41,7 @@ def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, li
         UserError: there is no such folder, no image in it, or one that is damaged or of another
             kind.
     """
-    folder = path.expanduser()
+    folder = Path(os.path.expanduser(path))
     files = _image_files(folder)
     channels, height, width = shape
     images = np.empty((len(files), height, width, channels), np.uint8)
@@ -56,7 +57,7 @@ def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, li
 
 
 def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # without an error, whatever the path
         raise UserError(f"there is no folder {folder}: give one that holds images")
     with reading(folder):
         files = sorted(_visible_images(folder.iterdir()), key=lambda file: file.name)

@@ -111,6 +111,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
         refused(tmp_path / "no")
         == f"there is no folder {tmp_path / 'no'}: give one that holds images"
     )
+    assert "there is no folder" in refused(tmp_path / ("n" * 300))
     (tmp_path / "file").touch()
     assert "there is no folder" in refused(tmp_path / "file")
     line = refused(tmp_path)

@@ -323,6 +323,7 @@ def test_masks_that_are_none(tmp_path: Path) -> None:
 
     assert "there is no mask" in refused("lower.png")
     assert all(name in refused("lower") for name in MASKS)
+    assert "there is no mask" in refused("l" * 300)
     assert "3 wide and 4 high; it must be 3 wide and 2 high" in refused("high.png", [[0] * 3] * 4)
     assert "masks no pixel" in refused("black.png", [[0] * 3] * 2)
     assert "masks every pixel" in refused("white.png", [[255] * 3] * 2)

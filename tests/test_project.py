@@ -136,7 +136,10 @@ MODULES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "datasets").glob("*.py"))
         ("model", {"config", "likelihoods", "networks"}),
         ("guide", {"config", "model", "networks"}),
         ("inspection", {"datasets", "errors", "guide", "model"}),
+        ("pictures", {"atomic"}),
         ("plots", {"atomic"}),
+        ("inpainting", {"atomic", "datasets", "draws", "errors", "guide", "model"}),
+        ("outliers", {"atomic", "errors", "importance"}),
     ],
 )
 def test_imports_point_one_way(name: str, expected: set[str]) -> None:

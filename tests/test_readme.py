@@ -106,12 +106,11 @@ SCRIPTS: dict[str, Any] = {
 }
 
 
-def is_of_a_script(command: list[str]) -> bool:
-    """Whether it runs one of ours, by itself or as several processes."""
-    return command[0] in ("python", "torchrun")
+# Those of our scripts, by themselves or as several processes.
+OF_SCRIPTS = [command for command in COMMANDS if command[0] in ("python", "torchrun")]
 
 
-@pytest.mark.parametrize("command", list(filter(is_of_a_script, COMMANDS)), ids=" ".join)
+@pytest.mark.parametrize("command", OF_SCRIPTS, ids=" ".join)
 def test_command_lines_are_understood(command: list[str]) -> None:
     """Every option of every command is one of the script's, and together they make sense."""
     if command[0] == "torchrun":

@@ -18,6 +18,8 @@ UNRELIABLE = 0.7
 _SHORTEST_TAIL = 5
 # A weak prior pulls the shape of short tails to 0.5, as this many further weights would.
 _PRIOR_WEIGHTS, _PRIOR_SHAPE = 10, 0.5
+# Log-weights that are nearer to each other than this, in nats, may differ by rounding alone.
+_ROUNDING = 0.01
 
 
 def tail_length(samples: int) -> int:
@@ -30,14 +32,16 @@ def pareto_k(largest: Tensor) -> Tensor:
     """k-hat (N,) from the M + 1 largest log-weights of each image, (N, M + 1), in any order.
 
     M is `tail_length` of the number of samples; the smallest of the M + 1 is where the tail starts.
-    Weights that are all the same have no tail: -inf.
+    Weights that are all the same, or all but for rounding, have no tail: -inf.
     """
     ascending = largest.double().sort(-1).values
     # Only ratios of weights matter; the largest becomes 1.
     weights = (ascending - ascending[:, -1:]).exp()
     excess = weights[:, 1:] - weights[:, :1]  # (N, M), ascending
     shape = generalized_pareto_shape(excess)
-    return torch.where(excess[:, -1] > 0, shape, -torch.inf)
+    # As a posterior that is exact leaves them. Ties among them would be taken for a heavy tail.
+    same = ascending[:, -1] - ascending[:, 0] < _ROUNDING
+    return shape.where(~same, -torch.inf)
 
 
 def generalized_pareto_shape(excess: Tensor) -> Tensor:

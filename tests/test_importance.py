@@ -1,22 +1,31 @@
-"""The importance-weighted bound against sums by hand and evidence known in closed form."""
+"""The importance-weighted bound against sums by hand and Pyro's, and what its digits depend on."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pyro.infer import RenyiELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from config import Config
 from datasets import ImageSet
-from datasets.images import PackedImages
+from datasets.images import DynamicallyBinarizedImages, PackedImages
 from draws import torch_seed
 from elbo import FreeBitsELBO
 from guide import build_ladder
-from importance import Bounds, channel_kl, importance_weighted_bounds, random_index
+from importance import (
+    Blocks,
+    Bounds,
+    ImportanceSampler,
+    channel_kl,
+    importance_weighted_bounds,
+    random_index,
+)
 
 PIXELS = 64
 SEED = 5
@@ -64,6 +73,7 @@ def all_tensors(bounds: Bounds) -> list[Tensor]:
         bounds.elbo,
         bounds.log_likelihood,
         bounds.kl,
+        bounds.effective_samples,
         *bounds.importance_weighted.values(),
     ]
 
@@ -192,6 +202,181 @@ def test_the_bottom_up_pass_runs_once_for_a_group(ladder: tuple[Any, Any]) -> No
     sizes.clear()
     bounds_of(ladder, made_images(3), [10], batch_size=4)
     assert sizes == [1, 1, 1]
+
+
+# --- The same noise for every image and sample, however they are cut into passes ---
+
+
+Part = tuple[slice, slice]  # of the images, and of the samples
+
+
+class Noise(Messenger):
+    """Draws z_i = mean + scale * eps_i, with eps_i (N, K, Z, h, w) for the parts that pass by."""
+
+    def __init__(self, noise: dict[str, Tensor], parts: Iterator[Part]) -> None:
+        super().__init__()
+        self.noise = noise
+        self.parts = parts
+        self.top = f"z_{len(noise)}"
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.noise:
+            if msg["name"] == self.top:
+                self.part = next(self.parts)
+            normal = msg["fn"].base_dist
+            eps = self.noise[msg["name"]][self.part].flatten(0, 1)  # samples side by side
+            msg["value"] = normal.loc + normal.scale * eps
+            msg["done"] = True
+
+
+def parts_of(blocks: Blocks, images: int, samples: int) -> Iterator[Part]:
+    """What the sampler's passes are of, one after another."""
+    for first in range(0, images, blocks.images):
+        done = 0
+        for k in blocks.chunks(samples):
+            yield slice(first, min(first + blocks.images, images)), slice(done, done + k)
+            done += k
+
+
+def noise_of(images: int, samples: int) -> dict[str, Tensor]:
+    """For the ladder of these tests, two layers."""
+    generator = torch.Generator().manual_seed(11)
+    return {
+        "z_1": torch.randn(images, samples, 2, 8, 8, generator=generator),
+        "z_2": torch.randn(images, samples, 3, 4, 4, generator=generator),
+    }
+
+
+def bounds_with_noise(
+    ladder: tuple[Any, Any], images: ImageSet, samples: list[int], batch_size: int
+) -> Bounds:
+    n, most = len(images), samples[-1]
+    parts = parts_of(Blocks.of(batch_size, most), n, most)
+    with Noise(noise_of(n, most), parts):
+        bounds = bounds_of(ladder, images, samples, batch_size=batch_size)
+    assert next(parts, None) is None
+    return bounds
+
+
+@pytest.fixture(params=["plain", "batch norm and dropout"])
+def any_ladder(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    special = request.param != "plain"
+    config = Config(
+        z_dims=[2, 3],
+        downsample=[0, 1],
+        n_filters=4,
+        blocks_per_layer=1,
+        initial_downscaling=False,
+        skip=True,
+        gated=True,
+        batchnorm=special,
+        dropout=0.5 if special else 0.0,
+    )
+    model, guide = build_ladder(config, (1, 8, 8))
+    if special:  # statistics that are not those at the start
+        guide(made_images(6).batch(torch.arange(6)))
+    return model.eval(), guide.eval()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 12, 30, 1000])
+def test_a_pass_s_size_enters_no_figure(any_ladder: tuple[Any, Any], batch_size: int) -> None:
+    """With the same noise: images alone or beside others, samples in one chunk or in many."""
+    images, samples = made_images(6), [1, 2, 5, 24]
+    alone = bounds_with_noise(any_ladder, images, samples, 24)
+    found = bounds_with_noise(any_ladder, images, samples, batch_size)
+    for one, other in zip(all_tensors(alone), all_tensors(found), strict=True):
+        assert_close(other, one, rtol=1e-5, atol=1e-4)
+    assert_close(found.pareto_k, alone.pareto_k, rtol=0, atol=1e-3)
+    assert found.pareto_k.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 30])
+def test_the_bound_is_pyro_s_renyi_elbo(ladder: tuple[Any, Any], k: int) -> None:
+    """With alpha = 0 and K particles of the same noise, image by image."""
+    images = made_images(4)
+    bounds = bounds_with_noise(ladder, images, [k], 64)
+    for i, bound in enumerate(bounds.importance_weighted[k]):
+        particles = ((slice(i, i + 1), slice(j, j + 1)) for j in range(k))
+        with torch.no_grad(), Noise(noise_of(4, k), particles):
+            x = images.batch(torch.tensor([i]))
+            loss = RenyiELBO(alpha=0, num_particles=k).loss(*ladder, x)
+        assert -loss == pytest.approx(bound.item(), rel=1e-6)
+
+
+# --- The same digits ---
+
+
+def tables(sampler: ImportanceSampler, order: Sequence[int]) -> list[Tensor]:
+    """Of all groups, computed in this order."""
+    found = {number: sampler.group(number).table() for number in order}
+    return [found[number] for number in range(len(sampler))]
+
+
+def test_groups_in_any_order_give_the_same_digits(ladder: tuple[Any, Any]) -> None:
+    """And twice, and by another sampler: a group depends on nothing but its number."""
+    images = made_images(7)
+    first, second = (
+        ImportanceSampler(*ladder, images, torch.arange(7), [1, 3], batch_size=6, seed=SEED)
+        for _ in range(2)
+    )
+    assert [first.size(number) for number in range(len(first))] == [2, 2, 2, 1]
+    forwards, mixed = tables(first, [0, 1, 2, 3]), tables(second, [2, 3, 0, 1, 0, 2])
+    assert_close(forwards, mixed, rtol=0, atol=0, equal_nan=True)
+    assert forwards[0].shape == (2, first.columns)
+
+
+def test_the_order_of_the_index_changes_no_digit(ladder: tuple[Any, Any]) -> None:
+    images, index = made_images(9), torch.tensor([8, 1, 4, 0, 7, 3])
+    bounds = bounds_of(ladder, images, [1, 30], batch_size=60, index=index)
+    ordered = bounds_of(ladder, images, [1, 30], batch_size=60, index=index.sort().values)
+    assert torch.equal(bounds.table(), ordered.table()[index.sort().indices.argsort()])
+    assert len(set(bounds.elbo.tolist())) == 6
+
+
+def test_images_drawn_anew_are_part_of_the_noise(ladder: tuple[Any, Any]) -> None:
+    """The same for the same seed, whatever was read in between; others for another seed."""
+    grey = torch.randint(1, 255, (8, 1, 8, 8), dtype=torch.uint8)
+    images = DynamicallyBinarizedImages("made", "train", (1, 8, 8), grey)
+    read: list[Tensor] = []
+    ladder[1].bottom_up.register_forward_hook(lambda module, inputs, y: read.append(inputs[0]))
+    first = bounds_of(ladder, images, [1, 4], batch_size=32)
+    images.batch(torch.arange(8))
+    again = bounds_of(ladder, images, [1, 4], batch_size=32)
+    bounds_of(ladder, images, [1, 4], batch_size=32, seed=SEED + 1)
+    assert all(map(torch.equal, all_tensors(first), all_tensors(again)))
+    assert [x.shape[0] for x in read] == [8, 8, 8]
+    assert torch.equal(read[0], read[1])
+    assert not torch.equal(read[0], read[2])
+
+
+def test_a_table_holds_all_figures(ladder: tuple[Any, Any]) -> None:
+    bounds = bounds_of(ladder, made_images(3), [1, 2, 30], batch_size=60)
+    again = Bounds.from_table(bounds.table(), [1, 2, 30])
+    assert list(again.importance_weighted) == [1, 2, 30]
+    assert all(map(torch.equal, all_tensors(bounds), all_tensors(again)))
+    assert torch.equal(bounds.pareto_k, again.pareto_k)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "samples", "blocks", "chunks"),
+    [
+        (64, 1, (64, 1), [1]),
+        (64, 64, (1, 64), [64]),
+        (64, 30, (2, 30), [30]),
+        (64, 100, (1, 64), [64, 36]),
+        (1, 3, (1, 1), [1, 1, 1]),
+    ],
+)
+def test_blocks(batch_size: int, samples: int, blocks: tuple[int, int], chunks: list[int]) -> None:
+    """All samples of an image where they fit, and as many images as fit beside them."""
+    made = Blocks.of(batch_size, samples)
+    assert (made.images, made.samples) == blocks
+    assert made.chunks(samples) == chunks
+    assert made.images * made.samples <= batch_size
+
+
+# --- Evidence that is known ---
 
 
 def test_a_posterior_equal_to_the_prior_leaves_no_gap(ladder: tuple[Any, Any]) -> None:

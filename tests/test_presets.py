@@ -73,7 +73,7 @@ def test_one_step_and_one_evaluation(
 
     scale = max(1, round(56 / height))
     size = (8 * (width * scale + 2) + 2, 8 * (height * scale + 2) + 2)
-    with Image.open(folder / "eval/1/samples.png") as picture:
+    with Image.open(folder / "images/samples-1.png") as picture:
         assert (picture.mode, picture.size) == ("RGB", size)
 
 

@@ -71,7 +71,7 @@ class Trained:
     guide: LadderGuide
     step: int
     weights: str  # "average" or "last"
-    minutes: float  # of training
+    minutes: float | None  # of training; None for imported weights
 
     @classmethod
     def load(cls, run: Run, step: int | None, device: torch.device, *, average: bool) -> "Trained":
@@ -82,7 +82,7 @@ class Trained:
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
         weights = "average" if use_average else "last"
-        return cls(model, guide, state["step"], weights, float(state["minutes"]))
+        return cls(model, guide, state["step"], weights, state["minutes"])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

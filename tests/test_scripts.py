@@ -215,7 +215,8 @@ def test_a_run_folder_holds_what_is_promised(demonstration: Demonstration) -> No
         "images",
         *(f"images/{name}" for name in pictures),
         *("eval", "eval/6"),
-        *(f"eval/6/{name}" for name in ("metrics.json", "samples.png", "reconstructions.png")),
+        *(f"eval/6/{name}" for name in ("metrics.json", "per_image.npz")),
+        *(f"eval/6/{name}" for name in ("samples.png", "reconstructions.png")),
     }
     stored = Run.open(folder)
     assert stored.image_shape == (1, 8, 8)
@@ -229,7 +230,7 @@ def test_evaluation_says_what_it_found_and_where(demonstration: Demonstration) -
     assert result.code == 0, result.err
     assert result.err == ""
     assert "digits, 297 test images, step 6, moving average of the weights" in result.out
-    for name in ("metrics.json", "samples.png", "reconstructions.png"):
+    for name in ("metrics.json", "per_image.npz", "samples.png", "reconstructions.png"):
         assert str(folder / name) in result.out
     found = json.loads((folder / "metrics.json").read_text())
     shown = {"ELBO": found["elbo"]}
@@ -1211,8 +1212,11 @@ def test_the_evaluation_needs_a_run() -> None:
 def test_a_full_disk_is_told_by_the_evaluation(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is finished waits in .progress, and nothing else is changed."""
     before = content(run_folder)
     monkeypatch.setattr(os, "replace", full_disk)
     line = refusal(evaluate.main, run_folder, "--samples", 1, "--device", "cpu")
     assert "No space left on device" in line
-    assert content(run_folder) == before
+    after = content(run_folder)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("eval/6/.progress") for name in after.keys() - before.keys())

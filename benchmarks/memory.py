@@ -32,6 +32,7 @@ from provenance import provenance
 from svi import SVI
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "memory.json"
+MODULE = "benchmarks.memory"
 GIB = 2**30
 PASSES = ("training", "evaluation")
 
@@ -50,6 +51,11 @@ def peak_memory(preset: str, kind: str, batch_size: int, device: torch.device) -
         else:
             loss_fn.eval()
             loss_fn.elbo.loss(loss_fn.model, loss_fn.guide, x)
+    return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held at once, of the device's memory or of the main one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -62,10 +68,9 @@ def available_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def measure(preset: str, kind: str, batch_size: int, device: torch.device) -> int:
-    """`peak_memory` in a process of its own."""
-    one = [preset, kind, str(batch_size)]
-    command = [sys.executable, "-m", "benchmarks.memory", "--device", str(device), "--one", *one]
+def in_own_process(module: str, device: torch.device, *one: object) -> int:
+    """What a benchmark's hidden option --one prints, in a fresh process."""
+    command = [sys.executable, "-m", module, "--device", str(device), "--one", *map(str, one)]
     root = Path(__file__).parent.parent
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     return int(result.stdout)
@@ -86,7 +91,7 @@ def figures(preset: str, kind: str, batch_size: int, device: torch.device) -> di
         fits = len(measured) < 2 or extrapolated(measured, size) < 0.8 * available_memory(device)
         if not fits:
             break
-        measured[size] = measure(preset, kind, size, device)
+        measured[size] = in_own_process(MODULE, device, preset, kind, size)
     known = batch_size in measured
     return {
         "peak_bytes": {str(size): peak for size, peak in measured.items()},

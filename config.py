@@ -121,7 +121,13 @@ class Config:
     )
     grad_skip: float = option(
         0.0,
-        "skip updates whose gradient norm is above this or not finite; 0 for never",
+        "skip updates whose gradient norm is above this; 0 for never",
+        check=NOT_NEGATIVE,
+    )
+    grad_spike: float = option(
+        100.0,
+        "skip updates whose gradient norm is more than this many times the median of the last 100; "
+        "0 for never",
         check=NOT_NEGATIVE,
     )
     seed: int = option(42, "random seed", check=SEED)
@@ -149,7 +155,14 @@ class Config:
     ckpt_interv: int = option(
         5000, "steps between checkpoints; 0 for only at the end", check=NOT_NEGATIVE
     )
-    keep_checkpoints: int = option(3, "how many of the newest to keep", check=AT_LEAST_ONE)
+    checkpoint_minutes: float = option(
+        30.0,
+        "write a checkpoint at least every so many minutes too; 0 for never",
+        check=NOT_NEGATIVE,
+    )
+    keep_checkpoints: int = option(
+        3, "how many of the newest to keep, besides the best", check=AT_LEAST_ONE
+    )
     descr: str = option("", "a few words on the run, added to its name")
 
     def __post_init__(self) -> None:

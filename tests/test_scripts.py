@@ -644,7 +644,7 @@ def test_options_of_the_objective_and_the_optimizer_reach_them() -> None:
     assert (group["weight_decay"], group["lr"]) == (0.25, 0.5)
     assert training.svi.elbo.analytic_kl
     assert training.svi.elbo.free_bits == 0.75
-    assert (training.svi.clip_norm, training.svi.skip_norm) == (2, 3)
+    assert (training.svi.clip_norm, training.svi.guard.skip_norm) == (2, 3)
     assert training.average is not None
     assert training.average.decay == 0.5
     assert training.evaluated_module() is training.average.module

@@ -102,18 +102,18 @@ def test_a_bad_gradient_is_left_out_and_counted(kind: str) -> None:
     if kind == "nan":
         step_of_nan(svi)
     else:
-        svi.skip_norm = 1e-3
+        svi.guard.skip_norm = 1e-3
         svi.step(images(seed=2))
-        svi.skip_norm = 1e6
+        svi.guard.skip_norm = 1e6
     for part, state in zip(parts, before, strict=True):
         assert_close(part.state_dict(), state, rtol=0, atol=0)
-    assert svi.skipped == 1
+    assert svi.guard.skipped == 1
     assert svi.read() is None  # no update, no mean
     assert all(p.grad is None for p in loss_fn.parameters())
 
     loss = svi.step(images(seed=3))
     assert loss.isfinite()
-    assert svi.skipped == 1
+    assert svi.guard.skipped == 1
     assert average.updates == 2
     name = "guide.top_posterior.conv.weight"
     assert not torch.equal(loss_fn.state_dict()[name], before[0][name])
@@ -125,7 +125,7 @@ def test_a_bad_step_leaves_no_trace_in_the_batch_norm_statistics() -> None:
     svi = SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-2), skip_norm=1e6)
     svi.step(images(seed=1))
     step_of_nan(svi)
-    assert svi.skipped == 1
+    assert svi.guard.skipped == 1
     spoilt = [name for name, value in loss_fn.state_dict().items() if not value.isfinite().all()]
     assert spoilt == []
 
@@ -135,7 +135,7 @@ def test_nothing_is_skipped_without_a_bound() -> None:
     svi = SVI(loss_fn, torch.optim.SGD(loss_fn.parameters(), lr=1e-3))
     before = frozen(loss_fn.state_dict())
     svi.step(images())
-    assert svi.skipped == 0
+    assert svi.guard.skipped == 0
     assert any(not torch.equal(v, before[k]) for k, v in loss_fn.state_dict().items())
 
 

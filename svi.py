@@ -114,8 +114,8 @@ class SVI:
         self._buffers = list(loss_fn.buffers())
         device = self._parameters[0].device
         self.guard = UpdateGuard(device, skip_norm=skip_norm, spike=spike)
-        # There the host may decide: the numbers are its own.
-        self._host_decides = device.type == "cpu"
+        # On the CPU it need not wait for the numbers.
+        self.host_decides = device.type == "cpu"
         self._keep_on_device(optimizer.param_groups)
         # Sums over the steps since `read`: how many, loss, log-likelihood, gradient norm, KL by
         # layer from the bottom; (4 + L,).
@@ -135,7 +135,7 @@ class SVI:
         loss.backward()
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         good = self.guard.judge(loss.detach(), norm)
-        if not self._host_decides:
+        if not self.host_decides:
             statistics.restore_unless(good)
             self._update_if(good, norm)
         elif good:

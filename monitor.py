@@ -52,14 +52,15 @@ class Monitor:
         import events
 
         path = folder / "metrics.jsonl"
-        kept = _entries_until(path, first_step)
-        write_atomically(path, lambda file: file.write(b"".join(kept)))
+        kept = [entry for entry in read_entries(path) if entry["step"] <= first_step]
+        lines = "".join(f"{to_json(entry)}\n" for entry in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))
         with writing(folder):
             self._metrics = _Outlet(path)
             self._board = _Outlet(events.event_path(folder))
             self._board.file.append(events.opening(first_step))
         # TensorBoard is shown anew what belongs to this step: all of it, or nothing, may be there.
-        for entry in map(json.loads, kept):
+        for entry in kept:
             if entry["step"] == first_step:
                 values = {tag: entry[tag] for tag in entry if tag not in ("step", "time")}
                 self._board.put(events.scalars(first_step, values, entry.get("time") or 0.0))
@@ -184,36 +185,33 @@ class _Outlet:
         self.file.close()
 
 
-def logged_tags(folder: Path, step: int) -> set[str]:
-    """The tags of what a run's metrics.jsonl has of `step`; raises `UserError` if it is damaged."""
-    entries = map(json.loads, _entries_until(folder / "metrics.jsonl", step))
-    return set().union(*(entry.keys() for entry in entries if entry["step"] == step))
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, none where there is no file, but for a last one cut short.
 
-
-def _entries_until(path: Path, step: int) -> list[bytes]:
-    """The whole lines of metrics.jsonl that belong to the steps up to `step`."""
-    if not path.exists():
-        return []
-    kept = []
-    with writing(path):
+    Raises `UserError` where it is damaged.
+    """
+    try:
         lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    entries = []
     for line in lines:
         if not line.endswith(b"\n"):
             continue  # cut short when the run was killed
-        if not _is_entry(line):
+        try:
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError):
+            entries.append(None)
+        if not _is_entry(entries[-1]):
             shown = line.strip()[:40].decode(errors="replace")
             raise UserError(f"{path} is damaged: {shown!r} is no entry of it")
-        if json.loads(line)["step"] <= step:
-            kept.append(line)
-    return kept
+    return entries
 
 
-def _is_entry(line: bytes) -> bool:
-    """Whether a line is what `Monitor.scalars` writes."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return False
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what `Monitor.scalars` writes."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("step"), int)

@@ -42,7 +42,7 @@ from importance import (
     random_index,
 )
 from interruption import Interrupted, Interruption
-from monitor import Monitor, logged_tags
+from monitor import Monitor, read_entries
 from networks import count_parameters, data_dependent_init
 from pictures import prior_samples, reconstruction_grid, reconstructions, sample_grid
 from provenance import provenance
@@ -593,7 +593,9 @@ def is_evaluated(training: Training, run: Run) -> bool:
     tags = {training.elbo_tag}
     if is_due(training.step, training.config.ll_interv):
         tags.add(training.bound_tag)
-    return tags <= logged_tags(run.path, training.step)
+    entries = read_entries(run.path / "metrics.jsonl")
+    logged = [entry.keys() for entry in entries if entry["step"] == training.step]
+    return tags <= set().union(*logged)
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:

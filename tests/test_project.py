@@ -30,7 +30,7 @@ SOURCES = sorted(
 # The project's own modules and packages, by the name that imports them.
 OWN = (
     {path.stem for path in ROOT.glob("*.py")}
-    | {"results", "tests"}
+    | {"benchmarks", "results", "tests"}
     | {path.parent.name for path in ROOT.glob("*/__init__.py")}
 )
 # Which distribution an import comes from, where it is not called the same.

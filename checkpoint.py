@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,8 @@ class Run:
     @classmethod
     def from_description(cls, path: Path, content: Any, file: Path) -> "Run":
         """The run of a `description` read from `file`; raises `UserError` where it is not one."""
-        if not isinstance(content, dict) or content.get("format") not in READABLE:
+        version = content.get("format") if isinstance(content, dict) else None
+        if type(version) is not int or version not in READABLE:
             raise UserError(f"{file} is not of this version of the project (format {FORMAT})")
         shape = content.get("image_shape")
         if not (
@@ -243,7 +245,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     checked = _has_checksum(path)
     content = read_tensors(path, device)
     version = content.get("format") if isinstance(content, dict) else None
-    if version not in READABLE:
+    if type(version) is not int or version not in READABLE:
         raise UserError(
             f"{path} is not a checkpoint of this project (format {FORMAT}; "
             f"format {READABLE[0]} is read too)"
@@ -254,10 +256,12 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         content = _migrated(content)
     if missing := STATE - content.keys():
         raise UserError(f"{path} is not a checkpoint: it lacks {', '.join(sorted(missing))}")
-    if type(content["step"]) is not int:
+    if type(content["step"]) is not int or content["step"] < 0:
         raise UserError(f"{path} is not a checkpoint: its step is {content['step']!r}")
-    average = content["average"]
-    if average is not None and not (isinstance(average, dict) and "weights" in average):
+    for name in ("average", "optimizer", "log"):
+        if content[name] is not None and not isinstance(content[name], dict):
+            raise UserError(f"{path} is not a checkpoint: its {name} is no dictionary")
+    if content["average"] is not None and "weights" not in content["average"]:
         raise UserError(f"{path} is not a checkpoint: its average holds no weights")
     return content
 
@@ -299,7 +303,8 @@ def read_tensors(path: Path, device: torch.device) -> Any:
     No code in the file is run.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # they, too, speak to programmers
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception:  # the unpickler's errors are of many kinds, and speak to programmers
@@ -312,7 +317,7 @@ def load_weights(module: nn.Module, weights: Any) -> None:
     """Load a state dict; raises `UserError` where it is not one of `module`'s."""
     try:
         module.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
             f"the checkpoint does not fit the network in config.json: {reason}"

@@ -85,6 +85,8 @@ class UpdateGuard:
 
         Norms that are None are not known.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"a guard's state is no {type(state).__name__}")
         norms = state["norms"]
         if norms is not None:
             self._norms = norms.to(self._norms).reshape(WINDOW)

@@ -198,7 +198,12 @@ class Training:
             if self.device.type == "cuda" and state["cuda_random_state"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
             self._minutes_before = float(state["minutes"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not 0 <= self._minutes_before < math.inf:
+                raise ValueError(f"{state['minutes']} minutes")
+        except (
+            *(ArithmeticError, AssertionError, AttributeError, LookupError),
+            *(RuntimeError, TypeError, ValueError),
+        ) as error:
             raise UserError(
                 f"the checkpoint does not hold this run's state of training: {error!r}"
             ) from None

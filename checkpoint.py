@@ -1,4 +1,4 @@
-"""Run folders: a run's configuration and its checkpoints; and weights to be published.
+"""Run folders: a run's configuration and its checkpoints.
 
     RUN/config.json             the configuration
     RUN/checkpoints/STEP.pt     the newest few states of training, and the best
@@ -17,6 +17,7 @@ import json
 import math
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ class Run:
         best = self.best_step()
         for old in passed[: -self.config.keep_checkpoints]:
             if old != best:
-                self.checkpoint_path(old).unlink(missing_ok=True)
+                with suppress(OSError):  # one too many does no harm
+                    self.checkpoint_path(old).unlink()
 
     @property
     def _best_path(self) -> Path:

@@ -10,6 +10,7 @@ cases. Writes results/durability.json.
 """
 
 import argparse
+import importlib
 import os
 import random
 import shutil
@@ -52,6 +53,12 @@ class Survival:
 
     ended: int  # how often it was ended before its end
     differences: list[str]  # from the undisturbed run; empty if it survived
+
+
+def import_once() -> None:
+    """Import what training imports when it comes to it, for all processes that are forked off."""
+    for name in ("events", "sklearn.datasets", "torchvision.transforms", "torchvision.utils"):
+        importlib.import_module(name)
 
 
 def start(arguments: Sequence[object], log: Path) -> int:
@@ -256,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.kills < 1:
         raise UserError(f"--kills is {arguments.kills}; it must be at least 1")
     torch.set_num_threads(1)
+    import_once()
     result: dict[str, Any] = {"seed": arguments.seed}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -263,14 +271,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             (folder / number.name).mkdir()
             found = survive(folder / number.name, arguments.kills, number, arguments.seed)
             result[number.name] = {"survived": found.ended, "differences": found.differences}
-            print(f"{number.name}: ended {found.ended} times; differs in {found.differences}")
+            print(
+                f"{number.name}: ended {found.ended} times; differs in {found.differences}",
+                flush=True,
+            )
         run = Run.open(folder / signal.SIGKILL.name / "disturbed")
         newest = run.checkpoint_path(run.checkpoint_steps()[-1])
         refused, count = damaged_refused(newest, 500, arguments.seed)
         result["damaged_checkpoints"] = {"refused": refused, "of": count}
-        print(f"damaged checkpoints refused: {refused} of {count}")
+        print(f"damaged checkpoints refused: {refused} of {count}", flush=True)
         result["full_disk"] = survive_full_disk(folder)
-        print(f"full disk: {result['full_disk']}")
+        print(f"full disk: {result['full_disk']}", flush=True)
     result["made_up_cases"] = made_up_cases()
     print(f"made-up cases: {sum(result['made_up_cases'].values())}")
     write_json(RESULT, result | {"provenance": provenance(CPU)})

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import evaluate
+import published
 import reference_checkpoint
 import train_svi
 from config import config_from, given_options
@@ -74,6 +75,7 @@ COMMANDS = [
 SCRIPTS: dict[str, Any] = {
     "train_svi.py": train_svi,
     "evaluate.py": evaluate,
+    "published.py": published,
     "reference_checkpoint.py": reference_checkpoint,
 }
 

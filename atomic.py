@@ -47,3 +47,43 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         file.flush()
         os.fsync(file.fileno())
         os.replace(file.name, path)
+    # The new name, too, shall outlast a failure of power.
+    with suppress(OSError):  # not every file system knows this
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what writers left in a folder and those below it when they were killed."""
+    for path in folder.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+class AppendedFile:
+    """A file that grows by whole pieces: a piece that does not fit on the disk leaves no trace."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
+
+    def append(self, piece: bytes) -> None:
+        """Add a piece, or raise `OSError` and leave the file as it was."""
+        written = 0
+        try:
+            while written < len(piece):  # a nearly full disk takes a part
+                written += self._file.write(piece[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), self._size)
+            raise
+        self._size += len(piece)
+
+    def sync(self) -> None:
+        """Have the file outlast a failure of power."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

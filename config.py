@@ -17,6 +17,10 @@ Check = tuple[Callable[[Any], bool], str]
 
 SEED: Check = (lambda value: 0 <= value < 2**63, "at least 0 and below 2**63")
 AT_LEAST_ONE: Check = (lambda value: value >= 1, "at least 1")
+# What is larger fits into no memory.
+CHANNELS: Check = (lambda value: 1 <= value <= 4096, "at least 1 and at most 4096")
+BLOCKS: Check = (lambda value: 1 <= value <= 64, "at least 1 and at most 64")
+PRINTABLE: Check = (str.isprintable, "printable text on one line")
 NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "finite and not negative")
 POSITIVE: Check = (lambda value: 0 < value < math.inf, "finite and positive")
 FRACTION: Check = (lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -58,16 +62,14 @@ class Config:
         [32, 32, 32],
         "latent channels of each stochastic layer",
         flags=("--zdims",),
-        check=AT_LEAST_ONE,
+        check=CHANNELS,
     )
     downsample: list[int] = option(
         [1, 1, 1], "halvings of the feature map before each stochastic layer", check=NOT_NEGATIVE
     )
-    blocks_per_layer: int = option(
-        2, "residual blocks between stochastic layers", check=AT_LEAST_ONE
-    )
+    blocks_per_layer: int = option(2, "residual blocks between stochastic layers", check=BLOCKS)
     n_filters: int = option(
-        64, "channels of all deterministic feature maps", flags=("--nfilters",), check=AT_LEAST_ONE
+        64, "channels of all deterministic feature maps", flags=("--nfilters",), check=CHANNELS
     )
     nonlin: str = option("elu", "activation", choices=tuple(ACTIVATIONS))
     residual_type: str = option(
@@ -121,7 +123,13 @@ class Config:
     )
     grad_skip: float = option(
         0.0,
-        "skip updates whose gradient norm is above this or not finite; 0 for never",
+        "skip updates whose gradient norm is above this; 0 for never",
+        check=NOT_NEGATIVE,
+    )
+    grad_spike: float = option(
+        100.0,
+        "skip updates whose gradient norm is more than this many times the median of the last 100; "
+        "0 for never",
         check=NOT_NEGATIVE,
     )
     seed: int = option(42, "random seed", check=SEED)
@@ -149,8 +157,15 @@ class Config:
     ckpt_interv: int = option(
         5000, "steps between checkpoints; 0 for only at the end", check=NOT_NEGATIVE
     )
-    keep_checkpoints: int = option(3, "how many of the newest to keep", check=AT_LEAST_ONE)
-    descr: str = option("", "a few words on the run, added to its name")
+    checkpoint_minutes: float = option(
+        30.0,
+        "write a checkpoint at least every so many minutes too; 0 for never",
+        check=NOT_NEGATIVE,
+    )
+    keep_checkpoints: int = option(
+        3, "how many of the newest to keep, besides the best", check=AT_LEAST_ONE
+    )
+    descr: str = option("", "a few words on the run, added to its name", check=PRINTABLE)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -175,6 +190,11 @@ class Config:
             raise UserError(
                 f"--downsample asks for {max(self.downsample)} halvings in one layer but "
                 f"--blocks-per-layer is {self.blocks_per_layer}; each halving needs a block"
+            )
+        if self.downscaling > 1024:
+            raise UserError(
+                f"--downsample asks for {sum(self.downsample)} halvings in all; it must be at most "
+                f"{10 - self.initial_downscaling}, and no image has room for more"
             )
         if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
             raise UserError(
@@ -234,9 +254,16 @@ def _check_field(field: dataclasses.Field[Any], value: Any) -> None:
     choices, check = field.metadata["choices"], field.metadata["check"]
     if choices and value not in choices:
         raise UserError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        # As a float or in a tensor nothing larger has a place.
+        if type(item) is int and abs(item) >= 2**63:
+            raise UserError(
+                f"{name} is a number of {item.bit_length()} bits; it must be below 2**63"
+            )
     if check is not None:
         is_right, requirement = check
-        for item in value if isinstance(value, list) else [value]:
+        for item in items:
             if not is_right(item):
                 raise UserError(f"{name} is {item}; it must be {requirement}")
 

@@ -9,12 +9,17 @@ class UserError(Exception):
     """A mistake of the user: one line that names what is wrong and what would be right."""
 
 
+def one_line(text: str) -> str:
+    """`text`, which may quote anything, with what cannot be printed on one line escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def run_command(main: Callable[[], int]) -> None:
     """Run a script's `main` and exit with its code; a `UserError` becomes one line and code 2."""
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,14 +4,17 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from atomic import write_atomically, writing
+from atomic import AppendedFile, write_atomically, writing
 from checkpoint import to_json
 from errors import UserError
 from pictures import write_png
@@ -23,12 +26,17 @@ class Monitor:
     Scalars go to TensorBoard and, one JSON object per entry, to `metrics.jsonl`; pictures to
     TensorBoard and `images/`. Without a folder nothing is written. A resumed run's monitor drops
     what was written after `first_step`, which the run comes to again.
+
+    Raises `UserError` where nothing can be written at the start. Later a full disk ends no run: one
+    line tells of it, and entries wait until there is room.
     """
 
     def __init__(self, folder: Path | None, first_step: int, total_steps: int | None) -> None:
         self.folder = folder
-        self._writer: Any = None
-        self._metrics: Any = None
+        self._first_step = first_step
+        self._logged: dict[str, float | None] = {}  # at the first step, before this session
+        self._metrics: _Outlet | None = None
+        self._board: _Outlet | None = None
         if folder is not None:
             self._open(folder, first_step)
         self._bar = tqdm(
@@ -41,17 +49,28 @@ class Monitor:
 
     def _open(self, folder: Path, first_step: int) -> None:
         # TensorBoard takes a second to import, and a dry run has no need of it.
-        from torch.utils.tensorboard import SummaryWriter
+        import events
 
-        path = self._metrics_path = folder / "metrics.jsonl"
-        kept = _entries_until(path, first_step)
-        write_atomically(path, lambda file: file.write(kept.encode()))
-        try:
-            # Without a buffer, so that an entry that does not fit on the disk fails here.
-            self._metrics = path.open("ab", buffering=0)
-            self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        path = folder / "metrics.jsonl"
+        kept = [entry for entry in read_entries(path) if entry["step"] <= first_step]
+        lines = "".join(f"{to_json(entry)}\n" for entry in kept)
+        write_atomically(path, lambda file: file.write(lines.encode()))
+        with writing(folder):
+            self._metrics = _Outlet(path)
+            self._board = _Outlet(events.event_path(folder))
+            self._board.file.append(events.opening(first_step))
+        # TensorBoard is shown anew what belongs to this step: all of it, or nothing, may be there.
+        for entry in kept:
+            if entry["step"] == first_step:
+                values = {tag: entry[tag] for tag in entry if tag not in ("step", "time")}
+                self._board.put(events.scalars(first_step, values, entry.get("time") or 0.0))
+                self._logged |= values
+        end = f"-{first_step}.png"
+        for file in sorted((folder / "images").glob(f"*{end}")):
+            with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB"))
+                name = file.name.removesuffix(end)
+                self._board.put(events.picture(first_step, name, pixels, "HWC"))
 
     def __enter__(self) -> Self:
         return self
@@ -63,41 +82,43 @@ class Monitor:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
-            self._metrics.close()
+        for outlet in (self._metrics, self._board):
+            if outlet is not None:
+                outlet.close()
 
     def configuration(self, values: Mapping[str, Any], metric: str) -> None:
         """Show the configuration, as text and as hyper-parameters beside the scalar `metric`."""
-        if self._writer is None:
-            return
-        from torch.utils.tensorboard.summary import hparams
+        if self._board is not None:
+            import events
 
-        rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
-        self._writer.add_text("configuration", f"| option | value |\n|---|---|\n{rows}", 0)
-        plain = {
-            name: value if isinstance(value, int | float | str | bool) else str(value)
-            for name, value in values.items()
-        }
-        for summary in hparams(plain, {metric: None}):
-            self._writer.file_writer.add_summary(summary)
+            self._board.put(events.configuration(values, metric))
+
+    def logged(self, step: int) -> dict[str, float | None]:
+        """Scalars by tag that a resumed run has of its first step already; not finite ones None."""
+        return self._logged if step == self._first_step else {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Log one entry: the `values` at `step`, by tag."""
-        if self._writer is None:
+        if self._board is None or self._metrics is None:
             return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        entry = {"step": step, "time": round(time.time(), 3)} | dict(values)
-        with writing(self._metrics_path):
-            self._metrics.write(f"{to_json(entry)}\n".encode())
+        import events
+
+        now = round(time.time(), 3)
+        entry = {"step": step, "time": now} | dict(values)
+        self._metrics.put(f"{to_json(entry)}\n".encode())
+        self._board.put(events.scalars(step, values, now))
 
     def picture(self, step: int, name: str, picture: Tensor) -> None:
         """Show a picture (3, H, W) in [0, 1] and keep it as `images/NAME-STEP.png`."""
-        if self._writer is None or self.folder is None:
+        if self._board is None or self.folder is None:
             return
-        self._writer.add_image(name, picture, step)
-        write_png(self.folder / "images" / f"{name}-{step}.png", picture)
+        import events
+
+        self._board.put(events.picture(step, name, picture, "CHW"))
+        try:
+            write_png(self.folder / "images" / f"{name}-{step}.png", picture)
+        except UserError as error:
+            self.say(f"warning: {error}")
 
     def advance(self) -> None:
         """One step more."""
@@ -114,21 +135,85 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self._bar.write(line, file=sys.stderr)
+        tell(line)
+
+    def sync(self) -> None:
+        """Have all entries outlast a failure of power."""
+        for outlet in (self._metrics, self._board):
+            if outlet is not None:
+                outlet.sync()
 
 
-def _entries_until(path: Path, step: int) -> str:
-    """The whole lines of metrics.jsonl that belong to the steps up to `step`."""
-    if not path.exists():
-        return ""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
+def tell(line: str) -> None:
+    """Print a line to stderr, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+class _Outlet:
+    """A file that pieces are added to; those that a full disk does not take wait for the next."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = AppendedFile(path)
+        self._waiting: list[bytes] = []
+
+    def put(self, piece: bytes) -> None:
+        """Add a piece, after those that still wait."""
+        was_full = bool(self._waiting)
+        self._waiting.append(piece)
+        try:
+            while self._waiting:
+                self.file.append(self._waiting[0])
+                del self._waiting[0]
+        except OSError as error:
+            if not was_full:  # told once
+                reason = error.strerror or error
+                tell(f"warning: cannot write {self.path} ({reason}); tries again at the next entry")
+        else:
+            if was_full:
+                tell(f"{self.path} is written again, and lacks nothing")
+
+    def sync(self) -> None:
+        """Have what is written outlast a failure of power."""
+        with suppress(OSError):
+            self.file.sync()
+
+    def close(self) -> None:
+        """Close the file; what waits is given a last chance."""
+        if self._waiting:
+            self.put(b"")
+        self.file.close()
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, none where there is no file, but for a last one cut short.
+
+    Raises `UserError` where it is damaged.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    entries = []
+    for line in lines:
+        if not line.endswith(b"\n"):
             continue  # cut short when the run was killed
         try:
-            entry_step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path} is damaged: {line.strip()[:40]!r} is no entry of it") from None
-        if entry_step <= step:
-            kept.append(line)
-    return "".join(kept)
+            entries.append(json.loads(line))
+        except (ValueError, RecursionError):
+            entries.append(None)
+        if not _is_entry(entries[-1]):
+            shown = line.strip()[:40].decode(errors="replace")
+            raise UserError(f"{path} is damaged: {shown!r} is no entry of it")
+    return entries
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what `Monitor.scalars` writes."""
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("step"), int)
+        and all(value is None or isinstance(value, int | float) for value in entry.values())
+    )

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from elbo import FreeBitsELBO
+from skipping import Snapshot, UpdateGuard, zero_unless
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,39 @@ class MovingAverage:
     def __init__(self, source: nn.Module, decay: float) -> None:
         self.module = copy.deepcopy(source).requires_grad_(False).eval()
         self.decay = decay
-        self.updates = 0
         pairs = list(zip(_tensors(self.module), _tensors(source), strict=True))
         self._floats = [(a, s) for a, s in pairs if a.is_floating_point()]
         self._counters = [(a, s) for a, s in pairs if not a.is_floating_point()]
+        # On the device, where it is known whether an update counts.
+        self.updates = torch.zeros((), dtype=torch.int64, device=pairs[0][0].device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the source's present weights."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, good: Tensor | None = None) -> None:
+        """Move the average towards the source's present weights.
+
+        Where `good`, a 0-dimensional boolean tensor, is false, it stays; the weights must be finite
+        all the same.
+        """
+        n = self.updates.double()
+        share = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
+        if good is not None:
+            share = share * good
         averages, sources = zip(*self._floats, strict=True)
-        torch._foreach_lerp_(averages, sources, 1 - decay)
+        steps = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(steps, share.float())
+        torch._foreach_add_(averages, steps)
         for counter, source in self._counters:
             counter.copy_(source)
-        self.updates += 1
+        self.updates = self.updates + (1 if good is None else good)
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and how many updates they have seen."""
-        return {"weights": self.module.state_dict(), "updates": self.updates}
+        return {"weights": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over another average's state."""
         self.module.load_state_dict(state["weights"])
-        self.updates = state["updates"]
+        self.updates = torch.full_like(self.updates, state["updates"])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -73,12 +84,15 @@ class SVI:
     `loss_fn` is `FreeBitsELBO(...)(model, guide)`, Pyro's ELBOModule. Losses are in nats per image
     and stay on the device; `read` fetches the means of what a log shows, once for many steps.
 
+    A step whose loss or gradient norm is not finite is left out: weights, the optimizer's state,
+    batch-norm statistics and the average stay as they were, and `guard` counts it. So is one that
+    `skip_norm` or `spike` refuses (see `UpdateGuard`). On a GPU no step waits for this.
+
     Args:
         clip_norm: the gradient is clipped to this global norm; 0 for never.
-        skip_norm: a step whose gradient norm is above this, or not finite, is undone (weights and
-            batch-norm statistics stay as they were) and counted in `skipped`; 0 for never. The
-            decision is the host's, so that each step waits for the device.
-        average: is updated after each step, where there is one.
+        skip_norm: gradient norms above this are refused; 0 for never.
+        spike: gradient norms above this many times the running median are refused; 0 for never.
+        average: is updated after each step that counts, where there is one.
     """
 
     def __init__(
@@ -88,63 +102,122 @@ class SVI:
         *,
         clip_norm: float = 0.0,
         skip_norm: float = 0.0,
+        spike: float = 0.0,
         average: MovingAverage | None = None,
     ) -> None:
         self.loss_fn = loss_fn
         self.elbo: FreeBitsELBO = loss_fn.elbo
         self.optimizer = optimizer
         self.clip_norm = clip_norm
-        self.skip_norm = skip_norm
         self.average = average
-        self.skipped = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._buffers = list(loss_fn.buffers())
+        device = self._parameters[0].device
+        self.guard = UpdateGuard(device, skip_norm=skip_norm, spike=spike)
+        # On the CPU it need not wait for the numbers.
+        self.host_decides = device.type == "cpu"
+        self._keep_on_device(optimizer.param_groups)
+        # Sums over the steps since `read`: how many, loss, log-likelihood, gradient norm, KL by
+        # layer from the bottom; (4 + L,).
         self._totals: Tensor | None = None
-        self._steps = 0
+
+    def _keep_on_device(self, groups: list[dict[str, Any]]) -> None:
+        """Have the optimizer count its steps where the weights are, if it knows how to."""
+        for group in groups:
+            if "capturable" in group:
+                group["capturable"] = self._parameters[0].device.type == "cuda"
 
     def step(self, x: Tensor) -> Tensor:
         """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included."""
         # A forward pass that is not finite would stay in the batch-norm statistics.
-        statistics = [buffer.clone() for buffer in self._buffers] if self.skip_norm else []
+        statistics = Snapshot(self._buffers)
         loss = self.loss_fn(x) / len(x)
         loss.backward()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = get_total_norm(gradients)
-        if self.skip_norm and not norm <= self.skip_norm:  # written so that nan is skipped
-            self.skipped += 1
-            for buffer, before in zip(self._buffers, statistics, strict=True):
-                buffer.copy_(before)
+        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        good = self.guard.judge(loss.detach(), norm)
+        if not self.host_decides:
+            statistics.restore_unless(good)
+            self._update_if(good, norm)
+        elif good:
+            self._update(norm)
         else:
-            if self.clip_norm:
-                clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
-            self._add(loss.detach(), norm)
+            statistics.restore_unless(good)
+        self._add(good, loss.detach(), norm)
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def _update(self, norm: Tensor) -> None:
+        self._apply_gradient(norm)
+        if self.average is not None:
+            self.average.update()
+
+    def _update_if(self, good: Tensor, norm: Tensor) -> None:
+        """As `_update` where `good`, and nothing else; the host does not know which."""
+        state = self._optimizer_state()
+        before = Snapshot([*self._parameters, *state])
+        self._apply_gradient(norm)
+        before.restore_unless(good)
+        if not state:  # it comes into being with the first step, and begins at zero
+            zero_unless(self._optimizer_state(), good)
+        if self.average is not None:
+            self.average.update(good)
+
+    def _apply_gradient(self, norm: Tensor) -> None:
+        if self.clip_norm:
+            clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
+        self.optimizer.step()
+
+    def _optimizer_state(self) -> list[Tensor]:
+        state = self.optimizer.state
+        return [
+            value
+            for parameter in self._parameters
+            if parameter in state
+            for value in state[parameter].values()
+            if isinstance(value, Tensor)
+        ]
 
     @torch.no_grad()
     def evaluate_loss(self, x: Tensor) -> float:
         """The true negative ELBO of images x, in nats per image."""
         return self.elbo.loss(self.loss_fn.model, self.loss_fn.guide, x) / len(x)
 
-    def _add(self, loss: Tensor, norm: Tensor) -> None:
+    def _add(self, good: Tensor, loss: Tensor, norm: Tensor) -> None:
         assert self.elbo.terms is not None
         terms = self.elbo.terms
-        row = torch.cat([torch.stack([loss, terms.log_likelihood.mean(), norm]), terms.kl.mean(0)])
+        scalars = [torch.ones_like(loss), loss, terms.log_likelihood.mean(), norm]
+        row = torch.cat([torch.stack(scalars), terms.kl.mean(0)])
+        row = torch.where(good, row, 0)  # its numbers may not be finite
         self._totals = row if self._totals is None else self._totals + row
-        self._steps += 1
 
     def peek(self) -> StepMeans | None:
         """Means over the steps since `read`; None where there were none, or all were skipped."""
         if self._totals is None:
             return None
-        loss, log_likelihood, norm, *kl = (self._totals / self._steps).tolist()
-        return StepMeans(self._steps, loss, log_likelihood, kl, norm)
+        steps, *totals = self._totals.tolist()
+        if not steps:
+            return None
+        loss, log_likelihood, norm, *kl = (total / steps for total in totals)
+        return StepMeans(int(steps), loss, log_likelihood, kl, norm)
 
     def read(self) -> StepMeans | None:
         """Like `peek`, and begins anew."""
         means = self.peek()
-        self._totals, self._steps = None, 0
+        self._totals = None
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of `peek` and the guard's state; optimizer and average have their own."""
+        return {"totals": self._totals, "guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the state of another one with as many layers."""
+        totals = state["totals"]
+        self._totals = None if totals is None else totals.to(self._parameters[0].device)
+        self.guard.load_state_dict(state["guard"])
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load the optimizer's state, which may come from another kind of device."""
+        groups = [dict(group) for group in state["param_groups"]]
+        self._keep_on_device(groups)
+        self.optimizer.load_state_dict(state | {"param_groups": groups})

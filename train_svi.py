@@ -5,7 +5,9 @@
     python train_svi.py --resume runs/digits --steps 3000
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
-Ctrl-C finishes the step, writes a checkpoint and exits.
+Ctrl-C finishes the step, writes a checkpoint and exits; --resume goes on from there, or from
+whatever else ended the run, as if nothing had been. Exit codes: 0 when the run has come to its end,
+128 + N after signal N, 1 when its numbers went wrong, 2 for a mistake in the command or the files.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import torch
 from torch import nn
 
 import datasets
+from atomic import remove_partial_files
 from checkpoint import Run, load_weights
 from config import Config, OneLineParser, add_options, config_from, given_options
 from devices import choose_device
@@ -40,18 +43,23 @@ from importance import (
 )
 from inspection import prior_samples, reconstructions
 from interruption import Interrupted, Interruption
-from monitor import Monitor
+from monitor import Monitor, read_entries
 from networks import count_parameters, data_dependent_init
 from pictures import reconstruction_grid, sample_grid
 from provenance import provenance
 from schedule import Length, kl_weight, learning_rate
 from svi import SVI, MovingAverage
 
-# Options that a resumed run may change: they do not change what has been learned so far.
+# Options that a resumed run may change: its length and monitoring, and what to turn to where
+# training goes wrong. None of them changes what has been learned so far.
 CHANGEABLE = {
     "steps",
     "epochs",
     "max_minutes",
+    "lr",
+    "grad_clip",
+    "grad_skip",
+    "grad_spike",
     "tr_log_interv",
     "ts_log_interv",
     "ll_interv",
@@ -59,11 +67,21 @@ CHANGEABLE = {
     "ll_images",
     "test_batch_size",
     "ckpt_interv",
+    "checkpoint_minutes",
     "keep_checkpoints",
 }
 
-# A channel counts as active where its KL, averaged over images, is above this many nats.
+# A channel counts as active where its KL, averaged over images, is above this many nats; and a
+# layer as collapsed where its KL is below, or with free bits above them by less than this share.
 ACTIVE_KL = 0.01
+COLLAPSED_MARGIN = 0.05
+
+# So many updates in a row that are left out end a run. The host looks as often as that.
+SKIPPED_IN_A_ROW = 10
+
+
+class Diverged(Exception):  # noqa: N818 (no error of the program)
+    """One update after another was left out."""
 
 
 class Training:
@@ -101,6 +119,7 @@ class Training:
             optimizer,
             clip_norm=config.grad_clip,
             skip_norm=config.grad_skip,
+            spike=config.grad_spike,
             average=self.average,
         )
         self.step = 0
@@ -116,6 +135,16 @@ class Training:
     def finished(self) -> bool:
         """Whether the run has come to its bound."""
         return self.length.progress(self.step, self.minutes) >= 1
+
+    @property
+    def elbo_tag(self) -> str:
+        """Of the held-out images' negative ELBO."""
+        return f"{self.held_out.split}/negative_elbo"
+
+    @property
+    def bound_tag(self) -> str:
+        """Of the held-out images' importance-weighted bound."""
+        return f"{self.held_out.split}/negative_bound_{self.config.ll_samples}_samples"
 
     def initialise(self) -> None:
         """Set the initial weights from the first batch, if the configuration asks for it."""
@@ -133,6 +162,11 @@ class Training:
         self.svi.step(self.batches(self.step))
         self.step += 1
 
+    def check_updates(self) -> None:
+        """Raise `Diverged` where too many updates in a row have been left out; waits for them."""
+        if self.svi.guard.longest_row >= SKIPPED_IN_A_ROW:
+            raise Diverged
+
     def evaluated_module(self) -> nn.Module:
         """The ELBO module whose weights evaluations use: the moving average where there is one."""
         return self.loss_fn if self.average is None else self.average.module
@@ -144,7 +178,7 @@ class Training:
             "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.svi.optimizer.state_dict(),
             "minutes": self.minutes,
-            "skipped": self.svi.skipped,
+            "log": self.svi.state_dict(),
             "cpu_random_state": torch.get_rng_state(),
             "cuda_random_state": (
                 torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -159,13 +193,18 @@ class Training:
         try:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            self.svi.optimizer.load_state_dict(state["optimizer"])
+            self.svi.load_optimizer(state["optimizer"])
+            self.svi.load_state_dict(state["log"])
             torch.set_rng_state(state["cpu_random_state"].cpu())
             if self.device.type == "cuda" and state["cuda_random_state"] is not None:
                 torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
-            self.svi.skipped = int(state["skipped"])
             self._minutes_before = float(state["minutes"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not 0 <= self._minutes_before < math.inf:
+                raise ValueError(f"{state['minutes']} minutes")
+        except (
+            *(ArithmeticError, AssertionError, AttributeError, LookupError),
+            *(RuntimeError, TypeError, ValueError),
+        ) as error:
             raise UserError(
                 f"the checkpoint does not hold this run's state of training: {error!r}"
             ) from None
@@ -185,6 +224,7 @@ class Logger:
         self.in_bits = not datasets.is_binary(training.config.dataset)
         self._restart_clock()
         self._shown = 0.0
+        self._collapsed: set[int] = set()
 
     def _restart_clock(self) -> None:
         self._since_step, self._since = self.training.step, time.monotonic()
@@ -224,7 +264,8 @@ class Logger:
             "train/learning_rate": training.svi.optimizer.param_groups[0]["lr"],
             "train/kl_weight": training.svi.elbo.kl_weight,
             "train/images_per_second": rate,
-            "train/skipped_updates": training.svi.skipped,
+            "train/skipped_updates": training.svi.guard.skipped,
+            "train/gradient_spikes": training.svi.guard.spikes,
         }
         if means is not None:
             values |= {
@@ -236,44 +277,72 @@ class Logger:
             }
             values |= self._bits_per_dim("train/bits_per_dim", means.negative_elbo)
             values |= by_layer("train_kl", means.kl)
+            now = collapsed_layers(means.kl, training.config.free_bits)
+            values |= by_layer(
+                "train_kl_collapsed", [float(i in now) for i in range(1, len(means.kl) + 1)]
+            )
+            self._tell_of_collapse(now)
         self.monitor.scalars(training.step, values)
         if not self.monitor.shows_bar:
             elbo = f"ELBO {self._shown_bound(-means.negative_elbo)}" if means else "all skipped"
-            self.monitor.say(f"step {training.step}: {elbo}, {rate:.0f} images/s")
+            flag = f", KL collapsed in {layers(self._collapsed)}" if self._collapsed else ""
+            self.monitor.say(f"step {training.step}: {elbo}, {rate:.0f} images/s{flag}")
         self._restart_clock()
 
-    def evaluation(self, interruption: Interruption) -> None:
-        """Log the ELBO of the held-out images, their KL by layer, samples and reconstructions."""
+    def _tell_of_collapse(self, now: set[int]) -> None:
+        """Say which layers' KL has collapsed or recovered since the last entry."""
+        step = self.training.step
+        if fallen := now - self._collapsed:
+            self.monitor.say(f"step {step}: KL of {layers(fallen)} has collapsed")
+        if risen := self._collapsed - now:
+            self.monitor.say(f"step {step}: KL of {layers(risen)} has recovered")
+        self._collapsed = now
+
+    def evaluation(self, interruption: Interruption) -> float:
+        """Log the ELBO of the held-out images, their KL by layer, samples and reconstructions.
+
+        Returns the negative ELBO in nats. A resumed run that has it in its log does nothing.
+        """
         began = time.monotonic()
         training, step = self.training, self.training.step
+        logged = self.monitor.logged(step)
+        if self.training.elbo_tag in logged:
+            known = logged[self.training.elbo_tag]
+            return math.nan if known is None else known
         bounds = self._bounds(len(training.held_out), 1, interruption)
         kl = bounds.kl.mean(0).tolist()
         elbo = bounds.elbo.mean().item()
         values = {
-            f"{self.split}/negative_elbo": -elbo,
+            self.training.elbo_tag: -elbo,
             f"{self.split}/reconstruction": -bounds.log_likelihood.mean().item(),
             f"{self.split}/kl": sum(kl),
         }
         values |= self._bits_per_dim(f"{self.split}/bits_per_dim", -elbo)
         values |= by_layer(f"{self.split}_kl", kl)
         values |= by_layer(f"{self.split}_active_channels", self._active_channels())
-        self.monitor.scalars(step, values)
         self._pictures()
+        self.monitor.scalars(step, values)  # last: where it is logged, all has been done
         self.monitor.say(
             f"step {step}: {self.split} ELBO {self._shown_bound(elbo)}, KL {sum(kl):.2f}"
         )
         training.loss_fn.train()
         self._since += time.monotonic() - began
+        return -elbo
 
     def bound(self, interruption: Interruption) -> None:
-        """Log the importance-weighted bound of the held-out images, or of a random few."""
+        """Log the importance-weighted bound of the held-out images, or of a random few.
+
+        A resumed run that has it in its log does nothing.
+        """
         began = time.monotonic()
         training, config = self.training, self.training.config
+        if self.training.bound_tag in self.monitor.logged(training.step):
+            return
         count = config.ll_images or len(training.held_out)
         bounds = self._bounds(count, config.ll_samples, interruption)
         bound = -bounds.importance_weighted[config.ll_samples].mean().item()
-        tag = f"{self.split}/negative_bound_{config.ll_samples}_samples"
-        values = {tag: bound} | self._bits_per_dim(f"{tag}_bits_per_dim", bound)
+        values = {self.training.bound_tag: bound}
+        values |= self._bits_per_dim(f"{self.training.bound_tag}_bits_per_dim", bound)
         self.monitor.scalars(training.step, values)
         self.monitor.say(
             f"step {training.step}: {self.split} log-likelihood at least "
@@ -333,41 +402,116 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
+def collapsed_layers(kl: Sequence[float], free_bits: float) -> set[int]:
+    """The layers, from 1 at the bottom, that say next to nothing of the image beyond free bits.
+
+    `kl` are means over images and steps, in nats, bottom to top.
+    """
+    floor = (1 + COLLAPSED_MARGIN) * free_bits if free_bits else ACTIVE_KL
+    return {i for i, value in enumerate(kl, start=1) if value <= floor}
+
+
+def layers(numbers: set[int]) -> str:
+    """Layers by their numbers, for reading."""
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, sorted(numbers)))}"
+
+
+class Keeper:
+    """Writes a run's checkpoints. Without a run there are none.
+
+    A disk that is full in the middle of training is told of in one line, and the next checkpoint
+    tries again.
+    """
+
+    def __init__(self, training: Training, run: Run | None, monitor: Monitor) -> None:
+        self.training = training
+        self.run = run
+        self.monitor = monitor
+        self._saved_step = training.step
+        self._tried = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a checkpoint."""
+        minutes = self.training.config.checkpoint_minutes
+        waited = (time.monotonic() - self._tried) / 60
+        return is_due(self.training.step, self.training.config.ckpt_interv) or (
+            0 < minutes <= waited
+        )
+
+    def save(self, *, final: bool = False) -> None:
+        """Write a checkpoint, unless this step has one.
+
+        Raises `UserError` where it is the final one and cannot be written.
+        """
+        if self.run is None or self._saved_step == self.training.step:
+            return
+        self._tried = time.monotonic()
+        self.monitor.sync()  # the log goes at least as far as any checkpoint
+        try:
+            self.run.save_checkpoint(self.training.step, self.training.state())
+        except UserError as error:
+            if final:
+                raise
+            self.monitor.say(f"warning: no checkpoint of step {self.training.step}: {error}")
+        else:
+            self._saved_step = self.training.step
+
+    def evaluated(self, negative_elbo: float) -> None:
+        """Keep the present weights if they are the best so far, by the held-out images."""
+        step = self.training.step
+        if self.run is None or not self.run.is_better(step, negative_elbo):
+            return
+        self.save()
+        if self._saved_step == step:
+            try:
+                self.run.mark_best(step, negative_elbo)
+            except UserError as error:
+                self.monitor.say(f"warning: {error}")
+
+
 def run_training(training: Training, run: Run | None, interruption: Interruption) -> None:
-    """Train until the bound of the run, or a signal; log, evaluate and write checkpoints."""
+    """Train until the bound of the run, or a signal; log, evaluate and write checkpoints.
+
+    Raises `Diverged` where updates were left out one after another.
+    """
     config = training.config
     folder = None if run is None else run.path
-    saved_step = training.step
-
-    def save() -> None:
-        nonlocal saved_step
-        if run is not None and saved_step != training.step:
-            run.save_checkpoint(training.step, training.state())
-            saved_step = training.step
-
     with Monitor(folder, training.step, training.length.steps) as monitor:
-        logger = Logger(training, monitor)
+        logger, keeper = Logger(training, monitor), Keeper(training, run, monitor)
         if training.step == 0:
-            monitor.configuration(config.to_dict(), f"{logger.split}/negative_elbo")
+            monitor.configuration(config.to_dict(), training.elbo_tag)
         training.loss_fn.train()
         try:
-            finished = False
+            finished = training.finished
+            # A resumed run may have been ended while it evaluated the step of its checkpoint.
+            if training.step > 0:
+                evaluate_if_due(training, logger, keeper, interruption, finished)
             while not finished:
                 training.take_step()
                 finished = training.finished  # asked once: with --max-minutes it may change
                 logger.progress()
                 if is_due(training.step, config.tr_log_interv):
                     logger.training_entry()
-                if is_due(training.step, config.ckpt_interv) or finished:
-                    save()
+                if is_due(training.step, SKIPPED_IN_A_ROW) or finished:
+                    training.check_updates()
+                if keeper.is_due or finished:
+                    keeper.save()
                 interruption.check()
-                if is_due(training.step, config.ts_log_interv) or finished:
-                    logger.evaluation(interruption)
-                if is_due(training.step, config.ll_interv):
-                    logger.bound(interruption)
+                evaluate_if_due(training, logger, keeper, interruption, finished)
         except Interrupted:
             monitor.say(f"interrupted after step {training.step}")
-            save()
+        keeper.save(final=True)
+
+
+def evaluate_if_due(
+    training: Training, logger: Logger, keeper: Keeper, interruption: Interruption, finished: bool
+) -> None:
+    """The evaluations of the present step, if it has any."""
+    if is_due(training.step, training.config.ts_log_interv) or finished:
+        keeper.evaluated(logger.evaluation(interruption))
+    if is_due(training.step, training.config.ll_interv):
+        logger.bound(interruption)
 
 
 def is_due(step: int, interval: int) -> bool:
@@ -422,22 +566,49 @@ def default_folder(config: Config, preset: str | None) -> Path:
     return Path("runs") / "-".join(words)
 
 
+def resume(arguments: argparse.Namespace, device: torch.device) -> tuple[Training, Run]:
+    """The run to be resumed, from its newest checkpoint that is whole.
+
+    A run that was ended before its first checkpoint begins again.
+    """
+    stored = Run.open(arguments.resume)
+    run = replace(stored, config=resumed_config(stored.config, arguments))
+    run.best()  # refused now, rather than at the first evaluation, where it is damaged
+    state, damaged = run.newest_whole(device)
+    training = Training(run.config, device, arguments.data_dir)
+    if state is None:
+        training.initialise()
+    else:
+        training.load_state(state)
+    if training.finished and is_evaluated(training, run):
+        raise UserError(
+            f"the run in {run.path} has come to its end at step {training.step}; "
+            "give it more --steps, --epochs or --max-minutes"
+        )
+    for problem in damaged:
+        print(f"warning: {problem}; goes on from step {training.step}", file=sys.stderr)
+    if state is None:
+        print(f"{run.path} has no checkpoint yet: begins again", file=sys.stderr)
+    remove_partial_files(run.path)
+    run.write_config()
+    return training, run
+
+
+def is_evaluated(training: Training, run: Run) -> bool:
+    """Whether the log has all evaluations of a finished run's last step."""
+    tags = {training.elbo_tag}
+    if is_due(training.step, training.config.ll_interv):
+        tags.add(training.bound_tag)
+    entries = read_entries(run.path / "metrics.jsonl")
+    logged = [entry.keys() for entry in entries if entry["step"] == training.step]
+    return tags <= set().union(*logged)
+
+
 def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
     """The run that the command line asks for, new or resumed, ready to go."""
     device = choose_device(arguments.device)
     if arguments.resume is not None:
-        stored = Run.open(arguments.resume)
-        run = replace(stored, config=resumed_config(stored.config, arguments))
-        state = run.load_checkpoint(None, device)
-        training = Training(run.config, device, arguments.data_dir)
-        training.load_state(state)
-        if training.finished:
-            raise UserError(
-                f"the run in {run.path} has come to its end at step {training.step}; "
-                "give it more --steps, --epochs or --max-minutes"
-            )
-        run.write_config()
-        return training, run
+        return resume(arguments, device)
     config = config_from(arguments)
     training = Training(config, device, arguments.data_dir)
     training.initialise()
@@ -448,14 +619,29 @@ def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code, 128 + the signal's number where one ended the run."""
+    """Train; returns the exit code."""
     arguments = parse_arguments(argv)
     with pyro.validation_enabled(False):
         training, run = prepare(arguments)
         describe(training, run)
         with Interruption() as interruption:
-            run_training(training, run, interruption)
+            try:
+                run_training(training, run, interruption)
+            except Diverged:
+                print(f"error: {advice(training, run)}", file=sys.stderr)
+                return 1
     return 0 if interruption.signal is None else 128 + interruption.signal
+
+
+def advice(training: Training, run: Run | None) -> str:
+    """What to do about a run that has diverged."""
+    steps = [] if run is None else run.checkpoint_steps()
+    last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint yet"
+    how = f"--resume {run.path}" if run is not None and steps else "begin anew"
+    return (
+        f"step {training.step}: {SKIPPED_IN_A_ROW} updates in a row were skipped, their loss or "
+        f"gradient not finite or exploding; {last}: {how} with a lower --lr, or with --grad-clip"
+    )
 
 
 def describe(training: Training, run: Run | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import evaluate
+import published
 import reference_checkpoint
 import report
 import train_svi
@@ -101,6 +102,7 @@ COMMANDS = [
 SCRIPTS: dict[str, Any] = {
     "train_svi.py": train_svi,
     "evaluate.py": evaluate,
+    "published.py": published,
     "reference_checkpoint.py": reference_checkpoint,
     "report.py": report,
 }

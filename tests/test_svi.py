@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -9,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
 from elbo import FreeBitsELBO
 from guide import build_ladder
 from schedule import Length, kl_weight, learning_rate
+from skipping import WINDOW, Snapshot, UpdateGuard, zero_unless
 from svi import SVI, MovingAverage
 
 SMALL: dict[str, Any] = {
@@ -87,56 +90,197 @@ def test_clipping_scales_the_whole_gradient_to_the_global_norm(share: float) -> 
     assert means.grad_norm == pytest.approx(norm, rel=1e-5)  # before clipping
 
 
-@pytest.mark.parametrize("kind", ["exploding", "nan"])
-def test_a_bad_gradient_is_left_out_and_counted(kind: str) -> None:
-    """Weights, optimizer state and average stay as they were, and the next step goes on."""
-    loss_fn = make_loss()
-    optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-2)
-    average = MovingAverage(loss_fn, 0.9)
-    svi = SVI(loss_fn, optimizer, skip_norm=1e6, average=average)
-    svi.step(images(seed=1))
-    svi.read()
+@pytest.fixture(params=["host", "device"])
+def decides(request: pytest.FixtureRequest) -> Callable[[SVI], SVI]:
+    """Who decides on a step: the host, as on the CPU, or the device, as on a GPU."""
 
-    parts = (loss_fn, optimizer, average)
+    def set_up(svi: SVI) -> SVI:
+        svi.host_decides = request.param == "host"
+        return svi
+
+    return set_up
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
+@pytest.mark.parametrize("kind", ["exploding", "spike", "nan"])
+def test_a_bad_gradient_is_left_out_and_counted(
+    kind: str, first: bool, decides: Callable[[SVI], SVI]
+) -> None:
+    """Weights, optimizer state, statistics and average stay as they were; the next step goes on."""
+    loss_fn = make_loss(batchnorm=True)
+    optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-2, weight_decay=0.1)
+    average = MovingAverage(loss_fn, 0.9)
+    svi = decides(SVI(loss_fn, optimizer, spike=1e6, average=average))
+    if not first:
+        svi.step(images(seed=1))
+        svi.read()
+
+    parts = (loss_fn, average, optimizer)
     before = [frozen(part.state_dict()) for part in parts]
     if kind == "nan":
         step_of_nan(svi)
-    else:
-        svi.skip_norm = 1e-3
+    elif kind == "exploding":
+        svi.guard.skip_norm = 1e-3
         svi.step(images(seed=2))
-        svi.skip_norm = 1e6
-    for part, state in zip(parts, before, strict=True):
-        assert_close(part.state_dict(), state, rtol=0, atol=0)
-    assert svi.skipped == 1
+        svi.guard.skip_norm = 0
+    else:
+        svi.guard.load_state_dict(svi.guard.state_dict() | {"norms": torch.full((WINDOW,), 1e-9)})
+        svi.step(images(seed=2))
+        svi.guard.load_state_dict(svi.guard.state_dict() | {"norms": None})
+        svi.guard.spike = 0
+    after = [part.state_dict() for part in parts]
+    assert_close(after[:2], before[:2], rtol=0, atol=0)
+    if first:  # where there was no state, there may be one of zeros
+        state = [v for values in after[2]["state"].values() for v in values.values()]
+        assert all(not value.any() for value in state)
+    else:
+        assert_close(after[2], before[2], rtol=0, atol=0)
+    assert svi.guard.skipped == 1
+    assert svi.guard.spikes == (kind == "spike")
     assert svi.read() is None  # no update, no mean
     assert all(p.grad is None for p in loss_fn.parameters())
 
     loss = svi.step(images(seed=3))
     assert loss.isfinite()
-    assert svi.skipped == 1
-    assert average.updates == 2
+    assert svi.guard.skipped == 1
+    assert average.updates == 2 - first
     name = "guide.top_posterior.conv.weight"
     assert not torch.equal(loss_fn.state_dict()[name], before[0][name])
 
 
-def test_a_bad_step_leaves_no_trace_in_the_batch_norm_statistics() -> None:
-    """One batch that is not finite must not spoil all evaluations after it."""
-    loss_fn = make_loss(batchnorm=True)
-    svi = SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-2), skip_norm=1e6)
-    svi.step(images(seed=1))
-    step_of_nan(svi)
-    assert svi.skipped == 1
-    spoilt = [name for name, value in loss_fn.state_dict().items() if not value.isfinite().all()]
-    assert spoilt == []
+def test_host_and_device_decide_alike() -> None:
+    """Bitwise the same weights, averages and means after good steps and bad ones."""
+    results = []
+    for host_decides in (True, False):
+        loss_fn = make_loss(batchnorm=True)
+        average = MovingAverage(loss_fn, 0.9)
+        optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-2)
+        svi = SVI(loss_fn, optimizer, clip_norm=1.0, spike=100.0, average=average)
+        svi.host_decides = host_decides
+        torch.manual_seed(5)
+        for step in range(6):
+            if step in (0, 3):
+                step_of_nan(svi)
+            else:
+                svi.step(images(seed=step))
+        parts: tuple[Any, ...] = (loss_fn, average, optimizer, svi)
+        results.append([part.state_dict() for part in parts])
+    assert_close(results[1], results[0], rtol=0, atol=0)
+    guard = results[0][3]["guard"]
+    assert (guard["taken"], guard["skipped"], guard["spikes"]) == (4, 2, 0)
 
 
-def test_nothing_is_skipped_without_a_bound() -> None:
+class Waiting(TorchDispatchMode):
+    """Refuses to read a number from a tensor, but the steps that an optimizer counts on the CPU."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            counters = [state["step"] for state in self.optimizer.state.values()]
+            assert any(args[0] is counter for counter in counters), "the host waits for a number"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device() -> None:
+    """Loss, gradient norm, decision and sums stay there; only reading them waits."""
+    loss_fn = make_loss(batchnorm=True, dropout=0.2)
+    optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-2)
+    average = MovingAverage(loss_fn, 0.9)
+    svi = SVI(loss_fn, optimizer, clip_norm=1.0, skip_norm=9.0, spike=9.0, average=average)
+    svi.host_decides = False
+    x = images()
+    with pyro.validation_enabled(False):
+        with Waiting(optimizer):
+            for _ in range(3):
+                svi.step(x)
+            with pytest.raises(AssertionError, match="the host waits"):
+                svi.guard.skipped  # noqa: B018 (reading it waits)
+        svi.host_decides = True
+        with Waiting(optimizer), pytest.raises(AssertionError, match="the host waits"):
+            svi.step(x)
+
+
+def test_a_step_needs_no_number_at_all() -> None:
+    """On a device whose tensors have shapes alone, where whatever looks at a number fails."""
+    loss_fn = make_loss(batchnorm=True, dropout=0.2).to("meta")
+    optimizer = torch.optim.SGD(loss_fn.parameters(), lr=1e-2, momentum=0.9)
+    average = MovingAverage(loss_fn, 0.9)
+    svi = SVI(loss_fn, optimizer, clip_norm=1.0, skip_norm=9.0, spike=9.0, average=average)
+    assert not svi.host_decides
+    with pyro.validation_enabled(False):
+        for _ in range(2):
+            assert svi.step(torch.empty(4, 1, 8, 8, device="meta")).shape == ()
+        with pytest.raises(RuntimeError, match="meta"):
+            svi.read()
+
+
+def test_finite_steps_are_taken_without_a_bound() -> None:
     loss_fn = make_loss()
     svi = SVI(loss_fn, torch.optim.SGD(loss_fn.parameters(), lr=1e-3))
     before = frozen(loss_fn.state_dict())
     svi.step(images())
-    assert svi.skipped == 0
+    assert svi.guard.skipped == 0
     assert any(not torch.equal(v, before[k]) for k, v in loss_fn.state_dict().items())
+
+
+# --- Which steps count ---
+
+
+def judged(guard: UpdateGuard, *norms: float, loss: float = 1.0) -> list[bool]:
+    return [bool(guard.judge(torch.tensor(loss), torch.tensor(norm))) for norm in norms]
+
+
+def test_what_is_not_finite_never_counts() -> None:
+    guard = UpdateGuard(torch.device("cpu"))
+    assert judged(guard, 1.0, math.nan, math.inf, 1e30) == [True, False, False, True]
+    assert judged(guard, 1.0, loss=math.nan) == judged(guard, 1.0, loss=-math.inf) == [False]
+    assert (guard.skipped, guard.spikes) == (4, 0)
+
+
+def test_rows_of_skipped_steps_are_remembered_until_a_resumption() -> None:
+    guard = UpdateGuard(torch.device("cpu"))
+    judged(guard, 1, math.nan, math.nan, math.nan, 1, math.nan, math.nan)
+    assert (guard.skipped, guard.longest_row) == (5, 3)
+    guard.load_state_dict(guard.state_dict())
+    assert (guard.skipped, guard.longest_row) == (5, 0)
+
+
+def test_a_spike_is_told_by_the_median_of_the_last_hundred_that_counted() -> None:
+    guard = UpdateGuard(torch.device("cpu"), spike=10.0)
+    assert judged(guard, *[1.0] * 49, 1e9) == [True] * 50
+    # Now half of the window is known, and the lower median of 49 ones, a two and the rest is two.
+    assert judged(guard, 2.0, 21.0, 20.0) == [True, False, True]
+    assert judged(guard, *[3.0] * 97) == [True] * 97  # the ones have left the window
+    assert judged(guard, 30.5, 29.5) == [False, True]
+    other = UpdateGuard(torch.device("cpu"), spike=10.0)
+    other.load_state_dict(frozen(guard.state_dict()))
+    assert judged(other, 30.5) == judged(guard, 30.5) == [False]
+    assert (other.skipped, other.spikes) == (guard.skipped, guard.spikes) == (3, 3)
+
+
+def test_a_snapshot_is_put_back_to_the_bit() -> None:
+    """Of all types, over nan and infinity, negative zero included; or all stays as it is."""
+    kinds = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool]
+    for good in (True, False):
+        tensors = [torch.tensor([-0.0, 1.0, 0.0]).to(kind) for kind in kinds]
+        tensors.append(torch.tensor(7))
+        before = frozen(tensors)
+        snapshot = Snapshot(tensors)
+        for tensor in tensors:
+            tensor.fill_(math.nan if tensor.is_floating_point() else 1)
+        changed = frozen(tensors)
+        snapshot.restore_unless(torch.tensor(good))
+        expected = changed if good else before
+        assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
+        if not good:
+            assert [str(t) for t in tensors] == [str(t) for t in before]  # tells -0 from 0
+        zero_unless(tensors, torch.tensor(False))
+        assert not any(tensor.any() for tensor in tensors)
 
 
 # --- The moving average ---
@@ -233,6 +377,29 @@ def test_step_means_are_the_means_of_the_steps_terms() -> None:
     assert means.grad_norm == pytest.approx(sum(norms) / 3, rel=1e-4)
     assert means.negative_elbo == pytest.approx(sum(means.kl) - means.log_likelihood)
     assert svi.peek() is None  # reading begins anew
+
+
+def test_sums_go_on_in_another_process() -> None:
+    """A stop between two log entries leaves no trace in the second."""
+    whole, first = (make_svi(), make_svi())
+    for step in range(2):
+        torch.manual_seed(step)
+        whole.step(images(seed=step))
+        torch.manual_seed(step)
+        first.step(images(seed=step))
+    second = make_svi()
+    second.loss_fn.load_state_dict(frozen(first.loss_fn.state_dict()))
+    second.load_optimizer(frozen(first.optimizer.state_dict()))
+    second.load_state_dict(frozen(first.state_dict()))
+    for svi in (whole, second):
+        torch.manual_seed(2)
+        svi.step(images(seed=2))
+    assert whole.read() == second.read()
+
+
+def make_svi() -> SVI:
+    loss_fn = make_loss()
+    return SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-2), spike=10.0)
 
 
 def test_evaluate_loss_is_the_true_negative_elbo() -> None:

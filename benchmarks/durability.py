@@ -1,0 +1,300 @@
+"""What training survives: kills, signals, damaged checkpoints, a full disk, made-up input.
+
+    python -m benchmarks.durability [--kills 20] [--seed 0]
+
+Trains a tiny ladder in a process that is killed again and again at random moments and resumed each
+time; what comes out must be, to the bit, what an undisturbed run gives. Checkpoints are damaged at
+random places, and must be refused. With the right to mount one, a run is trained on a small file
+system that fills up and is cleared again. Runs the tests with made-up input, and counts their
+cases. Writes results/durability.json.
+"""
+
+import argparse
+import importlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train_svi
+from checkpoint import Damaged, Run, read_checkpoint, write_json
+from errors import UserError, run_command
+from monitor import read_entries
+from provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "results" / "durability.json"
+CPU = torch.device("cpu")
+# A ladder whose step takes some milliseconds, with all that has a state: dropout, batch
+# normalisation, a moving average, a KL weight and a learning rate that change.
+LADDER = (
+    "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --dropout 0.2 "
+    "--test-batch-size 297 --beta-anneal 30 --lr-warmup 10 --ema 0.9 --device cpu "
+    "--tr-log-interv 2 --ckpt-interv 3 --ts-log-interv 7 --ll-interv 10 --ll-samples 2 "
+    "--ll-images 20"
+).split()
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What came of a run that was ended again and again."""
+
+    ended: int  # how often it was ended before its end
+    differences: list[str]  # from the undisturbed run; empty if it survived
+
+
+def import_once() -> None:
+    """Import what training imports when it comes to it, for all processes that are forked off."""
+    for name in ("events", "sklearn.datasets", "torchvision.transforms", "torchvision.utils"):
+        importlib.import_module(name)
+
+
+def start(arguments: Sequence[object], log: Path) -> int:
+    """Train in a process of its own, forked off this one; returns its number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 99
+    try:
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            run_command(lambda: train_svi.main([str(argument) for argument in arguments]))
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    finally:
+        os._exit(code)
+
+
+def finish(process: int) -> int:
+    """Wait for a process; returns its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def end_at_random(process: int, folder: Path, number: signal.Signals, rng: random.Random) -> int:
+    """Send a signal after some log entries and milliseconds more; returns the exit code."""
+    wanted = size(folder / "metrics.jsonl") + rng.choice([0, 0, 1, 300, 600, 1200])
+    while size(folder / "metrics.jsonl") < wanted:
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.15))
+    os.kill(process, number)  # the process is there until it is waited for
+    return finish(process)
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def survive(folder: Path, kills: int, number: signal.Signals, seed: int) -> Survival:
+    """Train one run undisturbed, and one that `number` ends `kills` times; compare them.
+
+    Raises `UserError` where the run did not go on.
+    """
+    rng = random.Random(seed)
+    steps = ["--steps", 8 * kills + 10]
+    log = folder / "log"
+    undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
+    if finish(start([*LADDER, *steps, "--out", undisturbed], log)):
+        raise UserError(f"the undisturbed run failed; see {log}")
+    ended = 0
+    while ended < kills:
+        begun = (disturbed / "config.json").exists()
+        how = ["--resume", disturbed, "--device", "cpu"] if begun else [*LADDER, *steps]
+        process = start(how if begun else [*how, "--out", disturbed], log)
+        code = end_at_random(process, disturbed, number, rng)
+        if code not in (-number, 128 + number):
+            raise UserError(f"a run ended with code {code} before it was ended; see {log}")
+        ended += 1
+    if code := finish(start(["--resume", disturbed, "--device", "cpu"], log)):
+        raise UserError(f"the resumed run ended with code {code}; see {log}")
+    return Survival(ended, differences(undisturbed, disturbed))
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """In what two runs differ, but for the time they took."""
+    found = []
+    runs = [Run.open(folder) for folder in (a, b)]
+    if runs[0].best() != runs[1].best():
+        found.append("best checkpoint")
+    states = [run.load_checkpoint(None, CPU) | {"minutes": 0} for run in runs]
+    found += [name for name in states[0] if not same(states[0][name], states[1][name])]
+    if untimed_entries(a) != untimed_entries(b):
+        found.append("metrics.jsonl")
+    if left := [path.name for path in b.rglob("*.part")]:
+        found.append(f"partial files {left}")
+    return found
+
+
+def untimed_entries(folder: Path) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl, without what depends on the clock."""
+    timed = {"time", "train/images_per_second"}
+    entries = read_entries(folder / "metrics.jsonl")
+    return [{name: entry[name] for name in entry.keys() - timed} for entry in entries]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are the same, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def damaged_refused(path: Path, count: int, seed: int) -> tuple[int, int]:
+    """Damage a checkpoint's bytes `count` times; returns how many were refused, and `count`."""
+    rng = random.Random(seed)
+    whole, refused = path.read_bytes(), 0
+    for case in range(count):
+        changed = bytearray(whole)
+        if case % 2:
+            changed[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            del changed[rng.randrange(len(whole)) :]
+        path.write_bytes(changed)
+        try:
+            read_checkpoint(path, CPU)
+        except Damaged:
+            refused += 1
+    path.write_bytes(whole)
+    return refused, count
+
+
+@contextmanager
+def small_file_system(folder: Path, size: str) -> Iterator[bool]:
+    """A file system of its own at `folder`; whether that was possible."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+def survive_full_disk(folder: Path) -> dict[str, Any] | None:
+    """Train while the file system fills up and is cleared again; None where none can be made."""
+    with small_file_system(folder / "small", "4m") as mounted:
+        if not mounted:
+            return None
+        run, log = folder / "small" / "run", folder / "full.log"
+        process = start([*LADDER, "--steps", 200, "--out", run], log)
+        metrics, ballast = run / "metrics.jsonl", folder / "small" / "ballast"
+        wait_for(lambda: size(metrics) > 2000)
+        fill(ballast)
+        wait_for(lambda: log.read_text().count("no checkpoint of step") >= 3)
+        last_good = Run.open(run).newest_whole(CPU)[0]
+        ballast.unlink()
+        code = finish(process)
+        reference = folder / "roomy"
+        if finish(start([*LADDER, "--steps", 200, "--out", reference], log)):
+            raise UserError(f"the undisturbed run failed; see {log}")
+        shutil.copytree(run, folder / "copy")
+        return {
+            "exit_code": code,
+            "warnings": log.read_text().count("warning: "),
+            "checkpoint_while_full": None if last_good is None else last_good["step"],
+            "differences": differences(reference, folder / "copy"),
+        }
+
+
+def wait_for(happens: Any) -> None:
+    """Wait until something happens; raises `UserError` after two minutes."""
+    deadline = time.monotonic() + 120
+    while not happens():
+        if time.monotonic() > deadline:
+            raise UserError("the run on the small file system does not go on")
+        time.sleep(0.01)
+
+
+def fill(path: Path) -> None:
+    """Write a file until there is no room left."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def made_up_cases() -> dict[str, int]:
+    """Run tests/test_fuzz.py; returns how many cases each test has seen."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/test_fuzz.py",
+            "-o",
+            "junit_family=legacy",
+        ]
+        command.append(f"--junitxml={report}")
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise UserError("tests/test_fuzz.py fails")
+        return {
+            case.attrib["name"]: int(entry.attrib["value"])
+            for case in ElementTree.parse(report).iter("testcase")
+            for entry in case.iter("property")
+            if entry.attrib["name"] == "cases"
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.durability", description="Measure what training survives."
+    )
+    parser.add_argument("--kills", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    arguments = parser.parse_args(argv)
+    if arguments.kills < 1:
+        raise UserError(f"--kills is {arguments.kills}; it must be at least 1")
+    torch.set_num_threads(1)
+    import_once()
+    result: dict[str, Any] = {"seed": arguments.seed}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            (folder / number.name).mkdir()
+            found = survive(folder / number.name, arguments.kills, number, arguments.seed)
+            result[number.name] = {"survived": found.ended, "differences": found.differences}
+            print(
+                f"{number.name}: ended {found.ended} times; differs in {found.differences}",
+                flush=True,
+            )
+        run = Run.open(folder / signal.SIGKILL.name / "disturbed")
+        newest = run.checkpoint_path(run.checkpoint_steps()[-1])
+        refused, count = damaged_refused(newest, 500, arguments.seed)
+        result["damaged_checkpoints"] = {"refused": refused, "of": count}
+        print(f"damaged checkpoints refused: {refused} of {count}", flush=True)
+        result["full_disk"] = survive_full_disk(folder)
+        print(f"full disk: {result['full_disk']}", flush=True)
+    result["made_up_cases"] = made_up_cases()
+    print(f"made-up cases: {sum(result['made_up_cases'].values())}")
+    write_json(RESULT, result | {"provenance": provenance(CPU)})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

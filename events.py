@@ -1,0 +1,65 @@
+"""TensorBoard's event files, written piece by piece.
+
+`SummaryWriter` writes from a thread of its own, which a full disk ends with a traceback, and a
+killed run loses what still waits there. Here a record is in the file once it is written.
+"""
+
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import hparams, image, scalar, text
+
+
+def event_path(folder: Path) -> Path:
+    """The name of a new event file; TensorBoard reads them in the order of their names."""
+    return folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+
+
+def opening(first_step: int) -> bytes:
+    """The first records of a file: TensorBoard drops what older files hold from `first_step` on."""
+    now = time.time()
+    version = _record(wall_time=now, file_version="brain.Event:2")
+    start = SessionLog(status=SessionLog.START)
+    return version + _record(wall_time=now, step=first_step, session_log=start)
+
+
+def scalars(step: int, values: Mapping[str, float | None], when: float) -> bytes:
+    """Scalars by tag, logged at the time `when` (in seconds since 1970); None is not a number."""
+    shown = {tag: float("nan") if value is None else value for tag, value in values.items()}
+    return b"".join(
+        _record(wall_time=when, step=step, summary=scalar(tag, value))
+        for tag, value in shown.items()
+    )
+
+
+def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
+    """A picture: a tensor or array with its dimensions in the order of `dataformats`."""
+    summary = image(name, pixels, dataformats=dataformats)
+    return _record(wall_time=time.time(), step=step, summary=summary)
+
+
+def configuration(values: Mapping[str, Any], metric: str) -> bytes:
+    """Options, as text and as hyper-parameters beside the scalar `metric`."""
+    rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
+    shown = text("configuration", f"| option | value |\n|---|---|\n{rows}")
+    plain = {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in values.items()
+    }
+    return b"".join(
+        _record(wall_time=time.time(), summary=summary)
+        for summary in (shown, *hparams(plain, {metric: None}))
+    )
+
+
+def _record(**content: Any) -> bytes:
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(**content).SerializeToString())
+    return buffer.getvalue()

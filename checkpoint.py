@@ -191,6 +191,22 @@ class Run:
         best = self.best()
         return None if best is None else best[0]
 
+    def step_called(self, name: str) -> int | None:
+        """The step of the checkpoint that the command line calls `name`; None for the newest.
+
+        `name` is a step, best or last. Raises `UserError` for any other, and without a best one.
+        """
+        if name == "last":
+            return None
+        if name == "best":
+            best = self.best_step()
+            if best is None:
+                raise UserError(f"{self.path} has no best checkpoint; give a step to --checkpoint")
+            return best
+        if not re.fullmatch("[0-9]{1,18}", name):
+            raise UserError(f"--checkpoint is {name!r}; it must be a step, best or last")
+        return int(name)
+
     def is_better(self, step: int, negative_elbo: float) -> bool:
         """Whether the weights after `step` are the best so far, by the held-out negative ELBO."""
         best = self.best()

@@ -93,7 +93,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "run", type=Path, nargs="?", metavar="RUN", help="run folder of train_svi.py"
     )
-    parser.add_argument("--checkpoint", metavar="STEP", help="step, or last (default: last)")
+    parser.add_argument("--checkpoint", metavar="STEP", help="step, best or last (default: last)")
     parser.add_argument(
         "--average",
         action=argparse.BooleanOptionalAction,
@@ -209,9 +209,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed is {arguments.seed}; it must be at least 0 and below 2**63")
-    checkpoint = arguments.checkpoint
-    if checkpoint != "last" and not checkpoint.isdecimal():
-        raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, or last")
 
 
 def mode_of(arguments: argparse.Namespace) -> str:
@@ -246,7 +243,7 @@ class Evaluation:
         self.ranks = ranks
         self.device = choose_device(arguments.device, ranks.local_rank)
         self.run = Run.open(arguments.run)
-        step = None if arguments.checkpoint == "last" else int(arguments.checkpoint)
+        step = self.run.step_called(arguments.checkpoint)
         self.trained = Trained.load(self.run, step, self.device, average=arguments.average)
         self.folder: Path = arguments.out or self.run.path / "eval" / str(self.trained.step)
         # How many image-sample pairs go through the network at a time, on every rank.

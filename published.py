@@ -11,7 +11,6 @@ be scored to the same digits, and not be trained further.
 import argparse
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,25 +117,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def chosen_step(run: Run, checkpoint: str) -> int | None:
-    """The step of a checkpoint's name; None for the newest."""
-    if checkpoint == "last":
-        return None
-    if checkpoint == "best":
-        best = run.best_step()
-        if best is None:
-            raise UserError(f"{run.path} has no best checkpoint; give a step to --checkpoint")
-        return best
-    if not re.fullmatch("[0-9]{1,18}", checkpoint):
-        raise UserError(f"--checkpoint is {checkpoint!r}; it must be a step, best or last")
-    return int(checkpoint)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.action == "export":
         run = Run.open(arguments.run)
-        step = export_weights(run, chosen_step(run, arguments.checkpoint), arguments.out)
+        step = export_weights(run, run.step_called(arguments.checkpoint), arguments.out)
         print(f"weights of step {step:,} in {arguments.out}")
     else:
         run = import_weights(arguments.file, arguments.out)

@@ -21,7 +21,7 @@ from comparison import Scored, columns, evaluation_steps
 from config import Config, OneLineParser, flag_names
 from errors import run_command
 from page import Markup
-from training_log import Entry, held_out_split, learning_curves, newest, read_entries
+from training_log import Entry, finite_entries, held_out_split, learning_curves, newest
 
 
 class Picture(NamedTuple):
@@ -224,7 +224,8 @@ def _pictures(folder: Path, pictures: Sequence[Picture]) -> list[Markup]:
         if picture.folded:
             parts.append(page.folded(picture.title, page.figure(drawn, "", picture.caption)))
         else:
-            parts.append(page.figure(drawn, picture.title, picture.caption))
+            # It carries its title itself.
+            parts.append(page.figure(drawn, "", picture.caption))
     return parts
 
 
@@ -236,7 +237,7 @@ def training_report(run: Run) -> Path:
 
     Raises `UserError` where the run's files are damaged, or the report cannot be written.
     """
-    entries = read_entries(run.path / "metrics.jsonl")
+    entries = finite_entries(run.path / "metrics.jsonl")
     config = run.config
     channels, height, width = run.image_shape
     subtitle = (

@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from monitor import read_entries
 
 # An entry's step and scalars, by tag.
 Entry = dict[str, float]
@@ -23,34 +22,15 @@ _INK = "#7d828a"
 _COLOURS = ["#3f83cc", "#d9812b", "#4c9f62"]
 
 
-def read_entries(path: Path) -> list[Entry]:
-    """The entries of metrics.jsonl, also while it grows; none where there is no such file.
+def finite_entries(path: Path) -> list[Entry]:
+    """The entries of metrics.jsonl, also while it grows, without scalars that were not finite.
 
-    Scalars that were not finite are left out. Raises `UserError` where the file is damaged.
+    Raises `UserError` where the file is damaged.
     """
-    try:
-        lines = path.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    # The last line may be half written.
-    return [_entry(path, line) for line in lines if line.endswith("\n")]
-
-
-def _entry(path: Path, line: str) -> Entry:
-    try:
-        entry = json.loads(line, parse_constant=lambda name: None)
-        known = {tag: value for tag, value in entry.items() if value is not None}
-        if type(known["step"]) is int and all(map(_is_figure, known.values())):
-            return known
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        pass
-    raise UserError(f"{path} is damaged: {line.strip()[:40]!r} is no entry of it")
-
-
-def _is_figure(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    return [
+        {tag: value for tag, value in entry.items() if value is not None and abs(value) < 1e300}
+        for entry in read_entries(path)
+    ]
 
 
 def held_out_split(entries: Sequence[Entry]) -> str | None:

@@ -80,12 +80,22 @@ def _with_error(metrics: dict[str, Any], key: str) -> str:
 
 def demo_table() -> str:
     """What `make demo` prints."""
-    metrics = read("demo/metrics.json")
+    return _bounds_table(read("demo/metrics.json"))
+
+
+def hour_table() -> str:
+    """The bounds of a small ladder after an hour."""
+    return _bounds_table(read("hour/metrics.json"))
+
+
+def _bounds_table(metrics: dict[str, Any]) -> str:
+    """One run's bounds, and where they come from."""
     rows = [["ELBO", _with_error(metrics, "elbo"), f"{metrics['bits_per_dim']['elbo']:.3f}"]]
     for k in metrics["iw"]:
         bits = f"{metrics['bits_per_dim'][k]:.3f}"
         rows.append([f"{k} importance sample{'s' * (k != '1')}", _with_error(metrics, k), bits])
-    table = markdown(["negative bound, test images", "nats", "bits/dim"], rows)
+    images = f"{metrics['n_images']:,} test images"
+    table = markdown([f"negative bound, {images}", "nats", "bits/dim"], rows)
     return f"{table}\n\nObtained on {comparison.origin(metrics)}."
 
 
@@ -122,6 +132,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "learning": learning_table,
     "memory": memory_table,
     "demo": demo_table,
+    "hour": hour_table,
 }
 
 

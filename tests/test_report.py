@@ -22,7 +22,7 @@ from checkpoint import Run
 from config import Config, OneLineParser, add_options, config_from, flag_names
 from errors import UserError
 from report import Picture, evaluation_report, ladder_pictures, training_report
-from training_log import Curve, learning_curves, read_entries
+from training_log import Curve, finite_entries, learning_curves
 
 VOID = {"meta", "img"}
 ORIGIN = {"commit": "abc", "machine": "a GPU"}
@@ -425,7 +425,7 @@ def test_a_damaged_log_is_refused(run: Run, line: str) -> None:
 def test_figures_that_were_not_finite_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": null, "b": NaN, "c": 2.5}\n')
-    assert read_entries(path) == [{"step": 1, "c": 2.5}]
+    assert finite_entries(path) == [{"step": 1, "c": 2.5}]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from atomic import writing
 from checkpoint import to_json
+from errors import UserError
 from importance import Bounds, ImportanceSampler
 from ranks import Ranks
 
@@ -138,7 +139,7 @@ def score(sampler: ImportanceSampler, ledger: Ledger, ranks: Ranks, unit: str = 
         bar.total = running.count + sum(sampler.size(number) for number in mine)
         bar.update(running.count)
         for number in mine:
-            found[number] = sampler.group(number).table()
+            found[number] = _group_table(sampler, number)
             keep(number, found[number])
             running.add(found[number])
             bar.set_postfix_str(str(running), refresh=False)
@@ -146,6 +147,17 @@ def score(sampler: ImportanceSampler, ledger: Ledger, ranks: Ranks, unit: str = 
     for part in ranks.collect(found):
         tables |= part
     return sampler.in_order(tables[number] for number in range(len(sampler)))
+
+
+def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
+    try:
+        return sampler.group(number).table()
+    except torch.OutOfMemoryError:
+        size = sampler.blocks.images * sampler.blocks.samples
+        raise UserError(
+            f"{size:,} images at a time do not fit into the GPU's memory: give a smaller "
+            "number to --batch-size"
+        ) from None
 
 
 class _RunningBound:

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import datasets
 import evaluate
 import train_svi
+from elbo import FreeBitsELBO
 from tests.commands import Result, content, refusal, run, words
 
 PICTURES = [
@@ -123,6 +124,16 @@ def test_a_folder_may_be_given(run_folder: Path, tmp_path: Path) -> None:
     )
     assert content(run_folder) == before
     assert (tmp_path / "there" / "metrics.json").exists()
+
+
+def test_too_little_memory_is_told(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FreeBitsELBO, "compute_terms", full)
+    line = refusal(evaluate.main, run_folder, *words("--samples 3 --batch-size 24 --device cpu"))
+    assert "24 images at a time do not fit into the GPU's memory" in line
+    assert "--batch-size" in line
 
 
 # --- In-painting ---

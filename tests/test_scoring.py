@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import evaluate
-from checkpoint import Run
+from checkpoint import STATE, Run
 from config import Config, config_from
 from datasets import ImageSet
 from datasets.images import ColourImages, DynamicallyBinarizedImages, PackedImages
@@ -276,10 +276,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stored = Run.create(path, config, (1, 8, 8), {})
     torch.manual_seed(0)
     module: Any = FreeBitsELBO()(*build_ladder(config, (1, 8, 8)))
-    state = dict.fromkeys(("average", "optimizer", "cpu_random_state", "cuda_random_state"))
-    stored.save_checkpoint(
-        1, state | {"weights": module.state_dict(), "minutes": 0.0, "skipped": 0}
-    )
+    stored.save_checkpoint(1, dict.fromkeys(STATE) | {"weights": module.state_dict()})
     return path
 
 

@@ -314,6 +314,7 @@ def test_a_signal_ends_the_run_in_order(number: signal.Signals, tmp_path: Path) 
 def test_an_evaluation_is_broken_off_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal during an evaluation leaves a checkpoint of the step before it."""
     original = importance_weighted_bounds
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -327,7 +328,7 @@ def test_an_evaluation_is_broken_off_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert result.err == "interrupted after step 2\n"
     assert Run.open(folder).checkpoint_steps() == [2]
     assert not (folder / "images").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was
+    assert signal.getsignal(signal.SIGINT) is handler  # as it was
 
 
 # --- TensorBoard and metrics.jsonl ---

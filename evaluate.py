@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import datasets
 from album import draw_album, draw_charts, draw_completions
+from allocator import keep_freed_memory
 from checkpoint import Run, load_weights, write_json
 from comparison import Scored, compare
 from config import OneLineParser
@@ -487,6 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.mode == "compare":
         print(compare(arguments.compare, arguments.out or Path()), end="")
         return 0
+    keep_freed_memory()
     with pyro.validation_enabled(False), joined_ranks() as ranks:
         evaluation = Evaluation(arguments, ranks)
         if arguments.mode == "inpaint":

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 import datasets
+from allocator import keep_freed_memory
 from atomic import remove_partial_files
 from checkpoint import Run, load_weights
 from config import Config, OneLineParser, add_options, config_from, given_options
@@ -621,6 +622,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
     arguments = parse_arguments(argv)
+    keep_freed_memory()
     with pyro.validation_enabled(False):
         training, run = prepare(arguments)
         describe(training, run)

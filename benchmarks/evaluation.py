@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import datasets
+from allocator import keep_freed_memory
 from benchmarks.memory import GIB, in_own_process, peak_bytes
 from checkpoint import write_json
 from config import PRESETS, Config
@@ -217,6 +218,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = choose_device(arguments.device)
+    keep_freed_memory()  # as the scripts do
     with pyro.validation_enabled(False):
         if arguments.one:
             preset, way, size, samples = arguments.one

@@ -22,6 +22,7 @@ import pyro
 import torch
 
 import datasets
+from allocator import keep_freed_memory
 from checkpoint import write_json
 from config import PRESETS, Config
 from devices import choose_device
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--one", nargs=3, metavar=("PRESET", "PASS", "N"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     device = choose_device(arguments.device)
+    keep_freed_memory()  # as the scripts do
     if arguments.one:
         preset, kind, size = arguments.one
         print(peak_memory(preset, kind, int(size), device))

@@ -126,11 +126,29 @@ def memory_table() -> str:
     return f"{table}\n\nMeasured on {origin['machine']}, commit {origin['commit']}."
 
 
+def evaluation_table() -> str:
+    """Time and memory of the importance-weighted bound, as benchmarks/evaluation.py measured it."""
+    measured = read("benchmarks/evaluation.json")
+    rows = []
+    for preset, batches in measured["figures"].items():
+        for found in batches:
+            times = found["median_ms_per_image_and_sample"]
+            gain = times["straightforward"] / times["ours"]
+            row = [f"`{preset}`", str(found["batch_size"]), f"{times['ours']:.3g} ms"]
+            row += [f"{times['straightforward']:.3g} ms", f"{gain:.2f}"]
+            rows.append([*row, f"{found['peak_bytes']['ours'] / 2**30:.1f} GiB"])
+    origin = measured["provenance"]
+    header = ["preset", "batch", "ours", "whole network each time", "gain", "peak memory"]
+    note = f"Measured on {origin['machine']}, commit {origin['commit']}."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "likelihood": likelihood_table,
     "learning": learning_table,
     "memory": memory_table,
+    "evaluation": evaluation_table,
     "demo": demo_table,
     "hour": hour_table,
 }

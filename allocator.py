@@ -1,8 +1,8 @@
 """How the C library keeps memory for a network that runs on the processor.
 
 Feature maps are tens of MiB. By default glibc maps memory of that size anew for each of them and
-gives it back at once, so that the kernel clears every page of every map again: a fifth to a half of
-the time of an evaluation pass. Told to keep what is freed, it hands the same pages out again.
+gives it back at once, so that the kernel clears every page of every map again. Told to keep what is
+freed, it hands the same pages out again.
 """
 
 import ctypes

@@ -34,6 +34,7 @@ def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
         "iw": {"1": 81.4, "100": 79.0},
         "standard_error": {"elbo": 0.25, "1": 0.3, "100": 0.25},
         "bits_per_dim": {"elbo": 0.15, "1": 0.15, "100": 0.145},
+        "n_images": 1500,
         "trained": {"machine": "a machine", "commit": "abc"},
         "provenance": {"machine": "a machine", "commit": "abc"},
     }
@@ -44,6 +45,7 @@ def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(readme, "read", read)
     table = readme.written("<!-- table demo -->\nold\n<!-- end -->")
+    assert "| negative bound, 1,500 test images | nats | bits/dim |" in table
     assert "| ELBO | 81.50 ± 0.25 | 0.150 |" in table
     assert "| 100 importance samples | 79.00 ± 0.25 | 0.145 |" in table
     assert "Obtained on a machine, commit abc." in table

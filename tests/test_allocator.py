@@ -8,11 +8,13 @@ import pytest
 
 from tests.commands import ROOT
 
-# How many pages the kernel has to clear for twenty feature maps of 64 MiB, one after the other.
+# How many pages the kernel has to clear for twenty feature maps of 64 MiB, one after the other,
+# once there have been so many before that the heap has room for them.
 FAULTS = """
 import resource, torch
 {call}
-torch.zeros(2**24) + 1
+for _ in range(20):
+    torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.zeros(2**24)

@@ -84,6 +84,9 @@ class Config:
     gated: bool = option(False, "gated residual blocks")
     skip: bool = option(False, "skip connections from all layers above in the generative model")
     batchnorm: bool = option(True, "batch normalisation", flags=("--bn",))
+    sync_bn: bool = option(
+        False, "batch normalisation over the whole batch where several GPUs share it"
+    )
     dropout: float = option(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = option(False, "learn the prior of the top layer")
     initial_downscaling: bool = option(True, "halve the image at the start of inference")
@@ -196,6 +199,8 @@ class Config:
                 f"--downsample asks for {sum(self.downsample)} halvings in all; it must be at most "
                 f"{10 - self.initial_downscaling}, and no image has room for more"
             )
+        if self.sync_bn and not self.batchnorm:
+            raise UserError("--sync-bn does nothing with --no-bn; leave one of them out")
         if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
             raise UserError(
                 "--lr-decay needs the run's length: give --steps, --epochs or --max-minutes"

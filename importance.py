@@ -25,6 +25,7 @@ from elbo import FreeBitsELBO
 from guide import LadderGuide
 from model import LadderModel
 from pareto import pareto_k, tail_length
+from ranks import Ranks
 
 # What a draw is for, the second part of its key.
 _NOISE, _SUBSET, _READING = 0, 1, 2
@@ -233,21 +234,27 @@ def importance_weighted_bounds(
     *,
     batch_size: int,
     seed: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Bounds:
     """The bounds of the images at `index` (N,), for each K in `samples` (rising), in one go.
 
-    Put model and guide in evaluation mode first. `on_images` is told how many images have been
-    finished since it was last called.
+    Put model and guide in evaluation mode first. The groups are dealt out to the `ranks`, which all
+    get all bounds. `on_images` is told how many images this rank has finished since it was last
+    called, and called as often on each of them.
     """
     sampler = ImportanceSampler(
         model, guide, images, index, samples, batch_size=batch_size, seed=seed
     )
-    tables = []
-    for number in range(len(sampler)):
-        tables.append(sampler.group(number).table())
-        on_images(len(tables[-1]))
-    return sampler.in_order(tables)
+    tables: dict[int, Tensor] = {}
+    for first in range(0, len(sampler), ranks.size):
+        number = first + ranks.rank
+        if number < len(sampler):
+            tables[number] = sampler.group(number).table()
+        on_images(len(tables[number]) if number in tables else 0)
+    for part in ranks.collect(tables):
+        tables |= part
+    return sampler.in_order(tables[number] for number in range(len(sampler)))
 
 
 def random_index(n: int, count: int, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from elbo import FreeBitsELBO
+from parallel import Replicas
 from skipping import Snapshot, UpdateGuard, zero_unless
 
 
@@ -106,6 +107,8 @@ class SVI:
         average: MovingAverage | None = None,
     ) -> None:
         self.loss_fn = loss_fn
+        # Where several ranks share each batch; losses and log are then of the whole of it.
+        self.replicas: Replicas | None = None
         self.elbo: FreeBitsELBO = loss_fn.elbo
         self.optimizer = optimizer
         self.clip_norm = clip_norm
@@ -128,13 +131,18 @@ class SVI:
                 group["capturable"] = self._parameters[0].device.type == "cuda"
 
     def step(self, x: Tensor) -> Tensor:
-        """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included."""
+        """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included.
+
+        With `replicas`, x is this rank's part of the batch.
+        """
         # A forward pass that is not finite would stay in the batch-norm statistics.
         statistics = Snapshot(self._buffers)
-        loss = self.loss_fn(x) / len(x)
+        loss_fn = self.loss_fn if self.replicas is None else self.replicas.module
+        loss = loss_fn(x) / len(x)
         loss.backward()
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        good = self.guard.judge(loss.detach(), norm)
+        means = self._means(loss.detach())
+        good = self.guard.judge(means[0], norm)
         if not self.host_decides:
             statistics.restore_unless(good)
             self._update_if(good, norm)
@@ -142,9 +150,9 @@ class SVI:
             self._update(norm)
         else:
             statistics.restore_unless(good)
-        self._add(good, loss.detach(), norm)
+        self._add(good, means, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return means[0]
 
     def _update(self, norm: Tensor) -> None:
         self._apply_gradient(norm)
@@ -182,11 +190,15 @@ class SVI:
         """The true negative ELBO of images x, in nats per image."""
         return self.elbo.loss(self.loss_fn.model, self.loss_fn.guide, x) / len(x)
 
-    def _add(self, good: Tensor, loss: Tensor, norm: Tensor) -> None:
+    def _means(self, loss: Tensor) -> Tensor:
+        """Loss, log-likelihood and KL by layer of the batch, (2 + L,)."""
         assert self.elbo.terms is not None
         terms = self.elbo.terms
-        scalars = [torch.ones_like(loss), loss, terms.log_likelihood.mean(), norm]
-        row = torch.cat([torch.stack(scalars), terms.kl.mean(0)])
+        row = torch.cat([torch.stack([loss, terms.log_likelihood.mean()]), terms.kl.mean(0)])
+        return row if self.replicas is None else self.replicas.average(row)
+
+    def _add(self, good: Tensor, means: Tensor, norm: Tensor) -> None:
+        row = torch.cat([torch.stack([torch.ones_like(norm), *means[:2], norm]), means[2:]])
         row = torch.where(good, row, 0)  # its numbers may not be finite
         self._totals = row if self._totals is None else self._totals + row
 

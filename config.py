@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import datasets
 from errors import UserError
+from execution import COMPILE, PRECISIONS
 from likelihoods import LIKELIHOODS
 from networks import ACTIVATIONS, MERGE_TYPES, RESIDUAL_TYPES, BlockStyle
 
@@ -136,6 +137,18 @@ class Config:
         check=NOT_NEGATIVE,
     )
     seed: int = option(42, "random seed", check=SEED)
+    # Speed
+    precision: str = option(
+        "float32",
+        "of the networks; tf32 (on a GPU) and bf16 are faster and less precise, and evaluations "
+        "during training in float32 all the same",
+        choices=PRECISIONS,
+    )
+    compile: str = option(
+        "auto",
+        "compile the residual blocks, which takes a minute at the start; auto: on a GPU",
+        choices=COMPILE,
+    )
     # Length; whichever comes first ends the run, and with none it runs until interrupted
     steps: int = option(0, "stop after this many steps; 0 for no bound", check=NOT_NEGATIVE)
     epochs: int = option(0, "stop after this many epochs; 0 for no bound", check=NOT_NEGATIVE)

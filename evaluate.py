@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from datasets.folder import load_folder
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import COMPILE, PRECISIONS, Execution
 from guide import LadderGuide, build_ladder
 from importance import Blocks, Bounds, ImportanceSampler, random_index
 from inpainting import MASKS, inpaint, read_mask, write_completions
@@ -56,6 +57,7 @@ INPAINTED, CHAINS, SWEEPS = 8, 6, 100
 # The modes that make use of an option; of one not listed, all but --compare.
 _USERS = {
     "samples": ("evaluate", "score"),
+    "precision": ("evaluate", "score"),
     "temperature": ("evaluate",),
     "sweeps": ("inpaint",),
     "chains": ("inpaint",),
@@ -75,13 +77,22 @@ class Trained:
     minutes: float | None  # of training; None for imported weights
 
     @classmethod
-    def load(cls, run: Run, step: int | None, device: torch.device, *, average: bool) -> "Trained":
+    def load(
+        cls,
+        run: Run,
+        step: int | None,
+        device: torch.device,
+        *,
+        average: bool,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
+    ) -> "Trained":
         """From the checkpoint of `step`, or the newest; its moving average where there is one."""
         state = run.load_checkpoint(step, device)
         model, guide = build_ladder(run.config, run.image_shape)
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
+        execution.prepare(module)
         weights = "average" if use_average else "last"
         return cls(model, guide, state["step"], weights, state["minutes"])
 
@@ -168,6 +179,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the networks; tf32 (on a GPU) and bf16 are faster and change bounds by some "
+        "hundredths of a nat (default: float32)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        help="compile the residual blocks, which takes a minute at the start; auto: on a GPU "
+        "(default: auto)",
+    )
+    parser.add_argument(
         "--data-dir",
         type=Path,
         help="where the data sets are kept (default: LVAE_DATA in the environment, or data/)",
@@ -193,6 +216,8 @@ def defaults() -> dict[str, Any]:
         "chains": CHAINS,
         "seed": 0,
         "device": "auto",
+        "precision": "float32",
+        "compile": "auto",
         "data_dir": Path(os.environ.get("LVAE_DATA", "data")),
     }
 
@@ -245,7 +270,10 @@ class Evaluation:
         self.device = choose_device(arguments.device, ranks.local_rank)
         self.run = Run.open(arguments.run)
         step = self.run.step_called(arguments.checkpoint)
-        self.trained = Trained.load(self.run, step, self.device, average=arguments.average)
+        self.execution = Execution.choose(arguments.precision, arguments.compile, self.device)
+        self.trained = Trained.load(
+            self.run, step, self.device, average=arguments.average, execution=self.execution
+        )
         self.folder: Path = arguments.out or self.run.path / "eval" / str(self.trained.step)
         # How many image-sample pairs go through the network at a time, on every rank.
         self.batch_size: int = arguments.batch_size or ranks.share(
@@ -293,6 +321,7 @@ class Evaluation:
             batch_size=self.batch_size,
             seed=self.arguments.seed,
             from_prior=from_prior,
+            execution=self.execution,
         )
         modules = nn.ModuleList([self.trained.model, self.trained.guide])
         origin = {
@@ -300,6 +329,7 @@ class Evaluation:
             "code": commit(),
             "torch": torch.__version__,
             "device": self.device.type,
+            "execution": asdict(self.execution),
         }
         ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
         return score(sampler, ledger, self.ranks), ledger
@@ -312,6 +342,7 @@ class Evaluation:
             "seed": self.arguments.seed,
             "limit": self.arguments.limit,
             "batch_size": self.batch_size,
+            "precision": self.execution.precision,
             "layers": len(self.run.config.z_dims),
             "parameters": count_parameters(self.trained.model, self.trained.guide),
             "minutes": self.trained.minutes,

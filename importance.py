@@ -22,6 +22,7 @@ from torch.distributions import kl_divergence
 from datasets import ImageSet
 from draws import permutation, torch_seed
 from elbo import FreeBitsELBO
+from execution import Execution
 from guide import LadderGuide
 from model import LadderModel
 from pareto import pareto_k, tail_length
@@ -132,7 +133,8 @@ class ImportanceSampler:
 
     Put model and guide in evaluation mode first. The lowest `from_prior` layers are drawn from
     their priors (see `LadderGuide`). Groups are of images next to each other in the image set, so
-    that the order of `index` changes no digit.
+    that the order of `index` changes no digit. `execution` says how the networks, prepared with it,
+    are run.
     """
 
     def __init__(
@@ -146,7 +148,9 @@ class ImportanceSampler:
         batch_size: int,
         seed: int,
         from_prior: int = 0,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
     ) -> None:
+        self.execution = execution
         self.model = model
         self.guide = guide
         self.images = images
@@ -171,7 +175,8 @@ class ImportanceSampler:
 
     def group(self, number: int) -> Bounds:
         """The bounds of one group's images, wherever and whenever it is computed."""
-        with torch.no_grad(), torch.random.fork_rng(self._devices()):
+        autocast = self.execution.autocast(self.images.device)
+        with torch.no_grad(), autocast, torch.random.fork_rng(self._devices()):
             return self._bounds(number, self._read(number))
 
     def in_order(self, groups: Iterable[Tensor]) -> Bounds:

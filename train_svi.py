@@ -35,6 +35,7 @@ from config import Config, OneLineParser, add_options, config_from, given_option
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import Execution
 from guide import build_ladder
 from importance import (
     Bounds,
@@ -140,6 +141,8 @@ class Training:
         model, guide = build_ladder(config, self.images.shape)
         elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
         self.loss_fn: Any = elbo(model, guide).to(device)
+        self.execution = Execution.choose(config.precision, config.compile, device)
+        self.execution.lay_out(self.loss_fn)
         if config.sync_bn:
             self.loss_fn = synchronised(self.loss_fn, ranks, device)
         optimizer = torch.optim.Adamax(
@@ -155,6 +158,8 @@ class Training:
             skip_norm=config.grad_skip,
             spike=config.grad_spike,
             average=self.average,
+            execution=self.execution,
+            recorded=device.type == "cuda" and ranks.size == 1,
         )
         self.step = 0
         self._minutes_before = 0.0
@@ -193,12 +198,13 @@ class Training:
             with data_dependent_init(self.loss_fn):
                 self.loss_fn.guide(self.batches(0))
 
-    def replicate(self) -> None:
-        """Share each batch with the other ranks from the next step on, if there are any.
+    def make_ready(self) -> None:
+        """Compile the networks, and share each batch with the other ranks if there are any.
 
         To be called on all, once the weights are those to go on from. A run that begins draws other
         noise on each rank.
         """
+        self.execution.compile_blocks(self.loss_fn)
         if self.ranks.size == 1:
             return
         if self.step == 0:
@@ -210,9 +216,9 @@ class Training:
     def take_step(self) -> None:
         """One step of training."""
         progress = self.length.progress(self.step, self.minutes)
-        for group in self.svi.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, progress)
-        self.svi.elbo.kl_weight = kl_weight(self.config, self.step)
+        self.svi.schedule(
+            learning_rate(self.config, self.step, progress), kl_weight(self.config, self.step)
+        )
         self.svi.step(self._batch())
         self.step += 1
 
@@ -222,9 +228,15 @@ class Training:
             return self.batches(self.step)
         return self.batches.part(self.step, self.ranks.rank, self.ranks.size)
 
-    def check_updates(self) -> None:
-        """Raise `Diverged` where too many updates in a row have been left out; waits for them."""
-        if self.svi.guard.longest_row >= SKIPPED_IN_A_ROW:
+    def check_updates(self, *, wait: bool) -> None:
+        """Raise `Diverged` where too many updates in a row have been left out.
+
+        Without `wait` as far as it is known by now. Several ranks wait for all steps: they must
+        know the same.
+        """
+        guard = self.svi.guard
+        row = guard.longest_row if wait or self.ranks.size > 1 else guard.longest_row_seen()
+        if row >= SKIPPED_IN_A_ROW:
             raise Diverged
 
     def evaluated_module(self) -> nn.Module:
@@ -236,7 +248,7 @@ class Training:
         return {
             "weights": self.loss_fn.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.svi.optimizer.state_dict(),
+            "optimizer": self.svi.optimizer_state(),
             "minutes": self.minutes,
             "log": self.svi.state_dict(),
             **random_states(self.ranks, self.device),
@@ -302,7 +314,7 @@ class Logger:
         """Keep the progress bar up to date, twice a second at most."""
         self.monitor.advance()
         if self.monitor.shows_bar and time.monotonic() - self._shown > 0.5:
-            means = self.training.svi.peek()
+            means = self.training.svi.peek_behind()
             if means is not None:
                 self.monitor.show(
                     ELBO=self._shown_bound(-means.negative_elbo),
@@ -316,8 +328,8 @@ class Logger:
         rate = self._images_per_second()
         means = training.svi.read()
         values = {
-            "train/learning_rate": training.svi.optimizer.param_groups[0]["lr"],
-            "train/kl_weight": training.svi.elbo.kl_weight,
+            "train/learning_rate": training.svi.learning_rate,
+            "train/kl_weight": training.svi.kl_weight,
             "train/images_per_second": rate,
             "train/skipped_updates": training.svi.guard.skipped,
             "train/gradient_spikes": training.svi.guard.spikes,
@@ -572,7 +584,7 @@ def run_training(training: Training, run: Run | None, interruption: Interruption
                 if is_due(training.step, config.tr_log_interv):
                     logger.training_entry()
                 if is_due(training.step, SKIPPED_IN_A_ROW) or finished:
-                    training.check_updates()
+                    training.check_updates(wait=finished)
                 if keeper.is_due or finished:
                     keeper.save()
                 interruption.check()
@@ -724,7 +736,7 @@ def prepare(
         training, run = resume(arguments, arguments.out, launch, device, ranks)
     else:
         training, run = begin(arguments, launch, device, ranks)
-    training.replicate()
+    training.make_ready()
     return training, run if ranks.is_first else None
 
 

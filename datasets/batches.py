@@ -65,5 +65,7 @@ class TrainingBatches:
 
     def _shuffle(self, epoch: int) -> Tensor:
         # Kept there for the whole epoch, so that a step costs one slice of it.
-        order = draws.permutation(len(self.images), self.seed, _ORDER, epoch)
-        return torch.from_numpy(order).to(self.images.index_device)
+        order = torch.from_numpy(draws.permutation(len(self.images), self.seed, _ORDER, epoch))
+        if self.images.index_device.type == "cuda":
+            order = order.pin_memory()  # without which the copy would halt the GPU's queue
+        return order.to(self.images.index_device, non_blocking=True)

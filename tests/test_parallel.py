@@ -29,6 +29,7 @@ import train_svi
 from benchmarks.durability import (
     differences,
     finish,
+    import_once,
     rank_environments,
     same,
     start_ranks,
@@ -59,6 +60,12 @@ LADDER = (
 RESUME = ["--resume", "run", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def imported() -> None:
+    """For all processes that are forked off this one."""
+    import_once()
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths lead into a folder of the test's own."""
@@ -75,6 +82,7 @@ def in_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
             code = 1
             try:
                 os.environ.update(environment)
+                pyro.enable_validation(False)  # as in training
                 with joined_ranks() as ranks:
                     torch.save(work(ranks), f"result-{rank}")
                 code = 0
@@ -147,7 +155,7 @@ def three_steps(ranks: Ranks, batchnorm: bool) -> dict[str, Any]:
         svi.replicas.warm_up(images(9)[:6])
     losses = []
     for step in range(3):
-        with noise_of_the_batch(step, ranks), pyro.validation_enabled(False):
+        with noise_of_the_batch(step, ranks):
             losses.append(svi.step(images(step).chunk(ranks.size)[ranks.rank]))
     means = svi.read()
     assert means is not None
@@ -208,7 +216,7 @@ def first_statistics(ranks: Ranks) -> list[Tensor]:
     """Running statistics after one step."""
     loss_fn, svi, _ = ladder(batchnorm=True)
     svi.replicas = Replicas(loss_fn, ranks, CPU)
-    with noise_of_the_batch(0, ranks), pyro.validation_enabled(False):
+    with noise_of_the_batch(0, ranks):
         svi.step(images(0).chunk(2)[ranks.rank])
     return list(loss_fn.buffers())
 
@@ -397,12 +405,14 @@ def test_one_run_is_kept_and_told_of_once() -> None:
 
 def test_with_data_dependent_initialisation_ranks_begin_where_one_process_does() -> None:
     """It looks at the whole first batch."""
-    options = "--steps 1 --lr 1e-30 --lr-warmup 0 --ema 0 --ts-log-interv 0".split()
-    assert train_on(1, *LADDER, *options, "--data-dep-init", "--out", "alone") == [0]
-    assert train_on(3, *LADDER, *options, "--data-dep-init", "--out", "run") == [0, 0, 0]
-    alone, shared = (Run.open(Path(name)).load_checkpoint(1, CPU) for name in ("alone", "run"))
-    names = [name for name in alone["weights"] if "running" not in name]
-    assert same(*([state["weights"][n] for n in names] for state in (alone, shared)))
+    arguments = train_svi.parse_arguments([*LADDER, "--data-dep-init", "--dry-run"])
+
+    def work(ranks: Ranks) -> dict[str, Tensor]:
+        training, _ = train_svi.prepare(arguments, ranks)
+        return training.loss_fn.state_dict()
+
+    alone = work(Ranks())
+    assert all(same(weights, alone) for weights in in_ranks(3, work))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -465,14 +475,24 @@ def test_a_resumed_run_of_another_size_draws_the_same_noise_each_time() -> None:
     assert not torch.equal(*kept)
 
 
-def test_all_ranks_end_by_the_first_one_s_clock() -> None:
-    """With a schedule by minutes, and checkpoints by minutes: the run ends on all at one step."""
-    options = "--max-minutes 0.02 --lr-decay cosine --ckpt-interv 0 --checkpoint-minutes 0.005"
-    arguments = [a for a in LADDER if a not in ("--lr-decay", "none")]
-    assert train_on(2, *arguments, *options.split(), "--out", "run") == [0, 0]
+def test_all_ranks_end_by_the_first_one_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints, the schedule and the end follow it; the others' clocks run anyhow."""
+    ticks = iter(range(100))
+
+    class Time:
+        @staticmethod
+        def monotonic() -> float:  # a tenth of a minute later each time, on the first rank
+            return next(ticks) * 6.0 if os.environ["RANK"] == "0" else -1e9 * next(ticks)
+
+    monkeypatch.setattr(parallel, "time", Time)
+    options = "--max-minutes 0.95 --lr-decay cosine --ckpt-interv 0 --checkpoint-minutes 0.25 "
+    options += "--ts-log-interv 20 --ll-interv 0 --tr-log-interv 1 --keep-checkpoints 9 --out run"
+    assert train_on(2, *LADDER, *options.split()) == [0, 0], Path("log").read_text()
     run = Run.open(Path("run"))
-    assert len(run.checkpoint_steps()) > 1
-    assert 0.02 <= run.load_checkpoint(None, CPU)["minutes"] < 0.2
+    assert run.checkpoint_steps() == [3, 6, 9, 10]
+    rates = [e["train/learning_rate"] for e in untimed_entries(run.path) if "train/loss" in e]
+    expected = [train_svi.learning_rate(run.config, step, step * 0.1 / 0.95) for step in range(10)]
+    assert rates == pytest.approx(expected)
 
 
 # --- torchrun ---
@@ -563,8 +583,8 @@ def test_options_that_do_not_suit_several_ranks_are_refused(
 
 def test_synchronised_batch_normalisation_needs_several_processes() -> None:
     assert "this is one" in refusal(train_svi.main, *LADDER, "--sync-bn", "--out", "run")
-    said = refusal(train_svi.main, *LADDER, "--sync-bn", "--no-bn", "--out", "run")
-    assert "--sync-bn does nothing with --no-bn" in said
+    with pytest.raises(UserError, match="--sync-bn does nothing with --no-bn"):
+        Config(sync_bn=True, batchnorm=False)
     assert not Path("run").exists()
 
 

@@ -92,7 +92,10 @@ def in_own_processes(preset: str, steps: int, processes: int) -> list[float]:
     own = ["-m", MODULE, "--one", preset, str(steps), str(THREADS // processes)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else []), *own]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.stderr.write(result.stderr)
+        raise UserError(f"{' '.join(command)} failed")
     return json.loads(result.stdout)
 
 

@@ -36,6 +36,7 @@ from benchmarks.durability import (
     survive,
     untimed_entries,
 )
+from benchmarks.parallel import counted, gradient, part_of_the_noise
 from checkpoint import Run
 from config import Config
 from datasets import TrainingBatches
@@ -493,6 +494,34 @@ def test_all_ranks_end_by_the_first_one_s_clock(monkeypatch: pytest.MonkeyPatch)
     rates = [e["train/learning_rate"] for e in untimed_entries(run.path) if "train/loss" in e]
     expected = [train_svi.learning_rate(run.config, step, step * 0.1 / 0.95) for step in range(10)]
     assert rates == pytest.approx(expected)
+
+
+# --- The benchmark's counts ---
+
+
+def test_bytes_and_multiply_adds_are_counted() -> None:
+    """Those of the reference's full-size network; a backward pass is nearly two forward ones."""
+    found = counted("mnist-3")
+    assert found["gradient_bytes"] == 4 * 3_209_153
+    assert found["forward_multiply_adds"] == pytest.approx(521e6, rel=0.001)
+    assert found["backward_multiply_adds"] == pytest.approx(2 * 521e6, rel=0.01)
+
+
+def test_batch_normalisation_by_parts_is_what_ranks_do() -> None:
+    """The benchmark's loop over parts, against two ranks."""
+    loss_fn, _, _ = ladder(batchnorm=True)
+    found, loss = gradient(loss_fn, images(0), 2)
+
+    def work(ranks: Ranks) -> tuple[Tensor, Tensor]:
+        loss_fn, svi, gradients = ladder(batchnorm=True)
+        svi.replicas = Replicas(loss_fn, ranks, CPU)
+        with part_of_the_noise(12, ranks.rank, 2):
+            value = svi.step(images(0).chunk(2)[ranks.rank])
+        return torch.cat([g.flatten() for g in gradients[0]]), value
+
+    for other, value in in_ranks(2, work):
+        torch.testing.assert_close(other, found, rtol=1e-4, atol=1e-5)
+        assert value.item() == pytest.approx(loss, rel=1e-5)
 
 
 # --- torchrun ---

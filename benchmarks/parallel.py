@@ -67,7 +67,7 @@ def random_images(config: Config, count: int) -> Tensor:
 
 
 def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
-    """Of each of `steps` steps, after two, as this rank takes them."""
+    """Of each of `steps` steps, after a first one, as this rank takes them."""
     config = Config(**PRESETS[preset])
     x = random_images(config, config.batch_size).chunk(ranks.size)[ranks.rank]
     loss_fn = ladder(config, x.shape[1:])
@@ -78,13 +78,13 @@ def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
         svi.replicas = Replicas(loss_fn, ranks, CPU)
         svi.replicas.warm_up(x)
     taken = []
-    for _ in range(2 + steps):
+    for _ in range(1 + steps):
         start = time.perf_counter()
         svi.step(x)
         if ranks.size > 1:
             clock.agree(0)
         taken.append(time.perf_counter() - start)
-    return taken[2:]
+    return taken[1:]
 
 
 def in_own_processes(preset: str, steps: int, processes: int) -> list[float]:
@@ -105,6 +105,8 @@ def throughput(preset: str, steps: int, repeats: int) -> dict[str, Any]:
     for _ in range(repeats):
         for processes in taken:
             taken[processes] += in_own_processes(preset, steps, processes)
+            last = " ".join(f"{t:.3f}" for t in taken[processes][-steps:])
+            print(f"{preset}, {processes} processes: {last} s a step", flush=True)
     batch = Config(**PRESETS[preset]).batch_size
     rates = {str(n): batch / statistics.median(times) for n, times in taken.items()}
     return {"batch_size": batch, "images_per_second": rates}

@@ -18,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
@@ -165,25 +167,17 @@ def gradient(loss_fn: Any, x: Tensor, parts: int) -> tuple[Tensor, float]:
     return torch.cat(gradients), total
 
 
-class part_of_the_noise:  # noqa: N801 (a context manager)
-    """Has latents take their part of the noise of a whole batch."""
+@contextmanager
+def part_of_the_noise(size: int, number: int, parts: int) -> Iterator[None]:
+    """Has latents take one of equal parts of the noise of a batch of `size`."""
+    generator = torch.Generator().manual_seed(2)
 
-    def __init__(self, size: int, number: int, parts: int) -> None:
-        self._size, self._number, self._parts = size, number, parts
-        self._generator = torch.Generator().manual_seed(2)
+    def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        whole = torch.randn(size, *shape[1:], generator=generator, dtype=dtype)
+        return whole.chunk(parts)[number]
 
-    def __enter__(self) -> None:
-        self._original = torch.distributions.normal._standard_normal
-        torch.distributions.normal._standard_normal = self._draw  # type: ignore[attr-defined]
-
-    def __exit__(self, *_: object) -> None:
-        torch.distributions.normal._standard_normal = (  # type: ignore[attr-defined]
-            self._original
-        )
-
-    def _draw(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        whole = torch.randn(self._size, *shape[1:], generator=self._generator, dtype=dtype)
-        return whole.chunk(self._parts)[self._number]
+    with patch("torch.distributions.normal._standard_normal", draw):
+        yield
 
 
 def table(result: dict[str, Any]) -> str:

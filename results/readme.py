@@ -177,13 +177,14 @@ def parallel_table() -> str:
     for preset, found in measured["throughput"].items():
         one, two = (found["images_per_second"][n] for n in "12")
         apart = measured["batch_norm"][preset]
-        row = [f"`{preset}`", str(found["batch_size"]), f"{one:.3g}", f"{two:.3g}"]
+        row = [f"`{preset}`", str(found["batch_size"]), f"{one:,.0f}", f"{two:,.0f}"]
         row.append(f"{two / one:.2f}")
         rows.append([*row, *(f"{apart[n]['gradient']:.1%}" for n in ("2", "8"))])
     header = ["preset", "batch", "1 process, 2 threads", "2 processes, 1 thread each", "ratio"]
     header += [f"gradient apart, {n} parts" for n in (2, 8)]
     origin = measured["provenance"]
-    note = f"Measured on {origin['machine']} in all, commit {origin['commit']}."
+    steps = measured["repeats"] * measured["steps"]
+    note = f"Medians of {steps} steps on {origin['machine']} in all, commit {origin['commit']}."
     return f"{markdown(header, rows)}\n\n{note}"
 
 
@@ -205,7 +206,8 @@ def communication_table() -> str:
         )
     header = ["preset", "gradients", "sent by each of 8", "multiply-adds of an image"]
     note = f"Counted by commit {measured['provenance']['commit']}."
-    return f"{markdown([*header, *rates], rows)}\n\n{note}"
+    header += [f"even at, {name}" for name in rates]
+    return f"{markdown(header, rows)}\n\n{note}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -13,7 +13,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,20 +103,6 @@ def train_on(count: int, *arguments: object) -> list[int]:
 # --- The same gradients ---
 
 
-@contextmanager
-def noise_of_the_batch(step: int, ranks: Ranks) -> Iterator[None]:
-    """Have each rank draw its part of what one process draws for the whole batch."""
-    generator = torch.Generator().manual_seed(step)
-
-    def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        whole = torch.randn(shape[0] * ranks.size, *shape[1:], generator=generator, dtype=dtype)
-        return whole.chunk(ranks.size)[ranks.rank]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.distributions.normal._standard_normal", draw)
-        yield
-
-
 def ladder(batchnorm: bool) -> tuple[Any, SVI, list[list[Tensor]]]:
     """An ELBO module, its SVI, and a list that the gradients of each step are added to."""
     config = Config(
@@ -156,7 +141,7 @@ def three_steps(ranks: Ranks, batchnorm: bool) -> dict[str, Any]:
         svi.replicas.warm_up(images(9)[:6])
     losses = []
     for step in range(3):
-        with noise_of_the_batch(step, ranks):
+        with part_of_the_noise(12, ranks.rank, ranks.size):
             losses.append(svi.step(images(step).chunk(ranks.size)[ranks.rank]))
     means = svi.read()
     assert means is not None
@@ -195,7 +180,7 @@ def test_with_batch_normalisation_each_rank_normalises_by_its_own_part() -> None
     before = [buffer.clone() for buffer in loss_fn.buffers()]
     losses, moved = [], []
     for x, ranks in halves(0):
-        with noise_of_the_batch(0, ranks):
+        with part_of_the_noise(12, ranks.rank, 2):
             loss = loss_fn(x) / len(x)
         (loss / 2).backward()  # gradients add up
         losses.append(loss.detach())
@@ -217,7 +202,7 @@ def first_statistics(ranks: Ranks) -> list[Tensor]:
     """Running statistics after one step."""
     loss_fn, svi, _ = ladder(batchnorm=True)
     svi.replicas = Replicas(loss_fn, ranks, CPU)
-    with noise_of_the_batch(0, ranks):
+    with part_of_the_noise(12, ranks.rank, 2):
         svi.step(images(0).chunk(2)[ranks.rank])
     return list(loss_fn.buffers())
 
@@ -445,7 +430,7 @@ def test_three_ranks_resume_to_the_bit() -> None:
 
 def test_checkpoints_move_between_numbers_of_processes() -> None:
     """One, two, one, three; noise is that of the number of ranks, all else goes on."""
-    states = []
+    states: list[dict[str, Any]] = []
     for count, steps in ((1, 3), (2, 6), (1, 9), (3, 12)):
         how = RESUME if states else [*LADDER, "--out", "run"]
         assert train_on(count, *how, "--steps", steps) == [0] * count
@@ -453,7 +438,7 @@ def test_checkpoints_move_between_numbers_of_processes() -> None:
     assert [len(state.get("ranks", [])) for state in states] == [0, 2, 0, 3]
     entries = untimed_entries(Path("run"))
     assert [e["step"] for e in entries if "train/loss" in e] == [3, 6, 9, 12]
-    assert [e["step"] for e in entries if "test/negative_elbo" in e] == [3, 4, 6, 8, 9, 12, 12][:6]
+    assert [e["step"] for e in entries if "test/negative_elbo" in e] == [3, 4, 6, 8, 9, 12]
     assert [int(state["average"]["updates"]) for state in states] == [3, 6, 9, 12]
 
 

@@ -520,7 +520,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(compare(arguments.compare, arguments.out or Path()), end="")
         return 0
     keep_freed_memory()
-    with pyro.validation_enabled(False), joined_ranks() as ranks:
+    advice = "; the same command continues"
+    with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
         evaluation = Evaluation(arguments, ranks)
         if arguments.mode == "inpaint":
             inpaint_images(evaluation)

@@ -13,6 +13,7 @@ how the parts' means differ. With `synchronised` batch normalisation nothing dif
 """
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -62,12 +63,13 @@ class Replicas:
     def __init__(self, source: nn.Module, ranks: Ranks, device: torch.device) -> None:
         self._size = ranks.size
         self._source = source
-        self.module = DistributedDataParallel(
-            source,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # they are averaged, see `average`
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of another name
+            self.module = DistributedDataParallel(
+                source,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # they are averaged, see `average`
+                gradient_as_bucket_view=True,
+            )
         self._statistics = [
             buffer
             for module in source.modules()

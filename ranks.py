@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from errors import UserError
@@ -114,7 +115,10 @@ def joined_ranks(advice: str = "") -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    shared, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    # torchrun keeps its store over all attempts, with the addresses of those that have died.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"attempt-{attempt}", shared)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE

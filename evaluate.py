@@ -83,6 +83,11 @@ class Trained:
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
+        if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+            raise UserError(
+                f"the weights of step {state['step']} are not all finite, the training diverged: "
+                "give an earlier step to --checkpoint"
+            )
         weights = "average" if use_average else "last"
         return cls(model, guide, state["step"], weights, state["minutes"])
 

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import datasets
 import evaluate
 import train_svi
+from checkpoint import read_checkpoint, write_checkpoint
 from datasets.images import DynamicallyBinarizedImages
 from elbo import FreeBitsELBO
 from errors import UserError
@@ -154,6 +155,38 @@ def test_no_picture_of_the_figures_before_is_left(run_folder: Path) -> None:
     assert "k-hat" not in (folder / "report.html").read_text()
 
 
+def test_all_noise_is_of_the_seed(run_folder: Path) -> None:
+    """Another one gives other figures and other pictures of the same model."""
+    before = content(run_folder / "eval" / "4")
+    assert evaluated(run_folder, *words("--samples 1 30 --limit 40 --seed 1")).code == 0
+    after = content(run_folder / "eval" / "4")
+    assert {name for name in before if before[name] == after[name]} == set()
+
+
+def test_the_average_of_the_weights_is_scored_unless_told(run_folder: Path) -> None:
+    """Where the checkpoint has one, here that of other weights."""
+    path = run_folder / "checkpoints" / "4.pt"
+    state = read_checkpoint(path, torch.device("cpu"))
+    moved = {name: value + 0.1 for name, value in state["weights"].items()}
+    found = []
+    for last, average in ((moved, None), (state["weights"], {"weights": moved})):
+        write_checkpoint(path, state | {"weights": last, "average": average})
+        assert evaluated(run_folder, *words("--samples 1 --limit 9")).code == 0
+        found.append(json.loads((run_folder / "eval" / "4" / "metrics.json").read_text()))
+    assert [figures["weights"] for figures in found] == ["last", "average"]
+    assert found[0]["elbo"] == found[1]["elbo"]
+
+
+def test_weights_that_are_not_finite_are_refused(run_folder: Path) -> None:
+    path = run_folder / "checkpoints" / "4.pt"
+    state = read_checkpoint(path, torch.device("cpu"))
+    next(iter(state["average"]["weights"].values())).view(-1)[0] = torch.nan
+    write_checkpoint(path, state)
+    line = refusal(evaluate.main, run_folder, *words("--samples 1 --device cpu"))
+    assert "the weights of step 4 are not all finite" in line
+    assert "--checkpoint" in line
+
+
 def test_too_little_memory_is_told(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -206,8 +239,8 @@ def test_a_mask_may_be_a_picture(run_folder: Path, tmp_path: Path) -> None:
     mask = np.zeros((8, 8), np.uint8)
     mask[2:5, 3] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    result = evaluated(run_folder, *words("--inpaint mask.png --limit 1 --sweeps 2"))
-    assert "1 test images, 3 of 64 pixels completed by 6 chains of 2 sweeps" in result.out
+    result = evaluated(run_folder, *words("--inpaint mask.png --sweeps 2"))
+    assert "8 test images, 3 of 64 pixels completed by 6 chains of 2 sweeps" in result.out
 
 
 # --- Scores of other images ---

@@ -122,7 +122,7 @@ def test_the_progress_bar_has_the_running_bound(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     sampler = sampler_of(ladder)
     bound = score(sampler, Ledger(tmp_path, "key", sampler), Ranks()).importance_weighted[3]
-    assert f"{-bound.mean():.2f} nats, K = 3" in capsys.readouterr().err
+    assert f", {-bound.mean():.2f} nats, K = 3" in capsys.readouterr().err
     score(sampler, Ledger(tmp_path, "key", sampler), Ranks())
     assert "7/7" in capsys.readouterr().err
 
@@ -196,6 +196,17 @@ def test_each_scoring_has_a_ledger_of_its_own(ladder: tuple[Any, Any], tmp_path:
     assert list(Ledger(folder, "b", second).read()) == [0, 1, 2, 3]
     Ledger(folder, "b", second).remove()
     assert not folder.exists()
+
+
+def test_what_cannot_be_read_is_computed_again(
+    ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
+) -> None:
+    """And stays where it cannot be removed."""
+    (tmp_path / "key.folder").mkdir()
+    scored(sampler_of(ladder), tmp_path)
+    assert groups.numbers == [0, 1, 2, 3]
+    Ledger(tmp_path, "key", sampler_of(ladder)).remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["key.folder"]
 
 
 # --- The fingerprint ---

@@ -28,8 +28,9 @@ from tqdm import tqdm
 import datasets
 from album import draw_album, draw_charts, draw_completions
 from allocator import keep_freed_memory
+from atomic import writing
 from checkpoint import Run, load_weights, write_json
-from comparison import Scored, compare
+from comparison import Scored, compare, evaluation_folder
 from config import OneLineParser
 from datasets import ImageSet
 from datasets.folder import load_folder
@@ -92,6 +93,11 @@ class Trained:
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
+        if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+            raise UserError(
+                f"the weights of step {state['step']} are not all finite, the training diverged: "
+                "give an earlier step to --checkpoint"
+            )
         execution.prepare(module)
         weights = "average" if use_average else "last"
         return cls(model, guide, state["step"], weights, state["minutes"])
@@ -166,7 +172,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where to write (default: RUN/eval/STEP; the current folder for --compare)",
+        help="where to write (default: RUN/eval/STEP, or STEP-SPLIT for another split than test; "
+        "the current folder for --compare)",
     )
     parser.add_argument(
         "--batch-size",
@@ -242,7 +249,8 @@ def mode_of(arguments: argparse.Namespace) -> str:
 
     Raises `UserError` for two things at a time, and for options that would do nothing.
     """
-    asked = [mode for mode in ("inpaint", "score", "compare") if getattr(arguments, mode)]
+    modes = ("inpaint", "score", "compare")
+    asked = [mode for mode in modes if getattr(arguments, mode) is not None]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two things; ask for one at a time")
     mode = asked[0] if asked else "evaluate"
@@ -250,6 +258,15 @@ def mode_of(arguments: argparse.Namespace) -> str:
         raise UserError(f"give all runs behind --compare, {arguments.run} too")
     if mode != "compare" and arguments.run is None:
         raise UserError("RUN is missing: give the run folder of train_svi.py (see --help)")
+    from_folders = mode == "score" and {arguments.score, arguments.against}.isdisjoint(
+        datasets.NAMES
+    )
+    if from_folders and arguments.split is not None:
+        raise UserError("--split does nothing with images of a folder; leave it out")
+    images = "give a data set or a folder of images"
+    for name, wanted in {"inpaint": "give a mask", "score": images, "against": images}.items():
+        if getattr(arguments, name) == "":
+            raise UserError(f"--{name} is empty; {wanted}")
     for name, value in vars(arguments).items():
         users = _USERS.get(name, ("evaluate", "inpaint", "score"))
         if value is None or name in ("run", "out", *asked) or mode in users:
@@ -274,7 +291,9 @@ class Evaluation:
         self.trained = Trained.load(
             self.run, step, self.device, average=arguments.average, execution=self.execution
         )
-        self.folder: Path = arguments.out or self.run.path / "eval" / str(self.trained.step)
+        self.folder: Path = arguments.out or evaluation_folder(
+            self.run.path, self.trained.step, arguments.split
+        )
         # How many image-sample pairs go through the network at a time, on every rank.
         self.batch_size: int = arguments.batch_size or ranks.share(
             automatic_batch_size(
@@ -294,12 +313,12 @@ class Evaluation:
         if name not in datasets.NAMES:
             images, names = load_folder(Path(name), run.image_shape, binary=binary)
             return images.to(self.device), names
-        images = datasets.load(name, arguments.split, arguments.data_dir).to(self.device)
-        if images.shape != run.image_shape:
-            raise UserError(f"{run.path} is of images {run.image_shape}, {name} has {images.shape}")
+        shape = datasets.image_shape(name)  # known before anything is downloaded
+        if shape != run.image_shape:
+            raise UserError(f"{run.path} is of images {run.image_shape}, {name} has {shape}")
         if binary and not datasets.is_binary(name):
             raise UserError(f"{run.path} is of binary images, those of {name} have 256 levels")
-        return images, None
+        return datasets.load(name, arguments.split, arguments.data_dir).to(self.device), None
 
     def index(self, images: ImageSet, default: int | None = None) -> Tensor:
         """The images that are asked for: all, or a random few."""
@@ -383,8 +402,8 @@ def evaluate(evaluation: Evaluation) -> None:
     draw_charts(folder, bounds, results)
     write_per_image(folder / "per_image.npz", bounds, evaluation.index(images))
     write_json(folder / "metrics.json", results)
-    ledger.remove()
     report = evaluation_report(folder, run, results, ladder_pictures(depth))
+    ledger.remove()
     weights = "moving average of the weights" if trained.weights == "average" else "last weights"
     print(
         f"{images.name}, {results['n_images']:,} {arguments.split} images, "
@@ -413,11 +432,16 @@ def inpaint_images(evaluation: Evaluation) -> None:
     arguments, trained = evaluation.arguments, evaluation.trained
     if not evaluation.ranks.is_first:
         return
+    folder = evaluation.folder
     _, height, width = evaluation.run.image_shape
     missing = read_mask(arguments.inpaint, (height, width)).to(evaluation.device)
     images, _ = evaluation.load(evaluation.run.config.dataset)
     index = evaluation.index(images, INPAINTED)
-    x = images.batch(index.to(images.index_device))
+    # Images that are binarized anew at each reading are part of the noise.
+    generator = torch.Generator(images.device).manual_seed(arguments.seed)
+    x = images.batch(index.to(images.index_device), generator)
+    with writing(folder):  # before the chains, which take their time
+        folder.mkdir(parents=True, exist_ok=True)
     chains, sweeps = arguments.chains, arguments.sweeps
     total = len(x) * chains * sweeps
     with tqdm(total=total, unit="sweep", disable=not sys.stderr.isatty()) as bar:
@@ -433,7 +457,6 @@ def inpaint_images(evaluation: Evaluation) -> None:
             seed=arguments.seed,
             on_sweep=bar.update,
         )
-    folder = evaluation.folder
     draw_completions(folder / "inpainting.png", x, missing, completions)
     write_completions(folder / "inpainting.npz", index, missing, completions)
     update_report(evaluation)
@@ -446,13 +469,24 @@ def inpaint_images(evaluation: Evaluation) -> None:
     print(f"images    {folder / 'inpainting.npz'}")
 
 
+def prior_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """How many layers to draw from their priors: as `given`, or half of them where there are more.
+
+    Raises `UserError` for numbers that leave no layer out, or no layer above.
+    """
+    if given is None:
+        return [depth // 2] if depth > 1 else []
+    if depth == 1:
+        raise UserError("--prior-layers needs a layer above them, and the ladder has but one")
+    if wrong := [k for k in given if not 1 <= k < depth]:
+        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    return list(given)
+
+
 def score_images(evaluation: Evaluation) -> None:
     """Write the bounds of given images and, of two sets, how well they are told apart."""
     arguments, folder = evaluation.arguments, evaluation.folder
-    depth = len(evaluation.run.config.z_dims)
-    layers = arguments.prior_layers or ([depth // 2] if depth > 1 else [])
-    if wrong := [k for k in layers if not 1 <= k < depth]:
-        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    layers = prior_layers(arguments.prior_layers, len(evaluation.run.config.z_dims))
     names = [name for name in (arguments.score, arguments.against) if name is not None]
     sets = [evaluation.load(name) for name in names]
     if len({images.name for images, _ in sets}) < len(sets):

@@ -89,14 +89,17 @@ def hour_table() -> str:
 
 
 def _bounds_table(metrics: dict[str, Any]) -> str:
-    """One run's bounds, and where they come from."""
+    """One run's bounds, whether they can be trusted, and where they come from."""
     rows = [["ELBO", _with_error(metrics, "elbo"), f"{metrics['bits_per_dim']['elbo']:.3f}"]]
     for k in metrics["iw"]:
         bits = f"{metrics['bits_per_dim'][k]:.3f}"
         rows.append([f"{k} importance sample{'s' * (k != '1')}", _with_error(metrics, k), bits])
     images = f"{metrics['n_images']:,} test images"
     table = markdown([f"negative bound, {images}", "nats", "bits/dim"], rows)
-    return f"{table}\n\nObtained on {comparison.origin(metrics)}."
+    notes = [f"Obtained on {comparison.origin(metrics)}."]
+    if warning := metrics.get("warning"):
+        notes.insert(0, f"{warning[0].upper()}{warning[1:]}.")
+    return "\n\n".join([table, *notes])
 
 
 def presets_table() -> str:

@@ -49,8 +49,11 @@ def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| negative bound, 1,500 test images | nats | bits/dim |" in table
     assert "| ELBO | 81.50 ± 0.25 | 0.150 |" in table
     assert "| 100 importance samples | 79.00 ± 0.25 | 0.145 |" in table
-    assert "Obtained on a machine, commit abc." in table
+    assert "0.145 |\n\nObtained on a machine, commit abc." in table
     assert "old" not in table
+    metrics["warning"] = "the bound is loose"
+    table = readme.written("<!-- table demo -->\nold\n<!-- end -->")
+    assert "0.145 |\n\nThe bound is loose.\n\nObtained on a machine, commit abc." in table
 
 
 def test_our_figures_stand_below_the_published_ones(

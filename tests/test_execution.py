@@ -65,9 +65,7 @@ def test_no_feature_map_falls_back_to_another_layout(loss_fn: Any, x: Tensor) ->
 
     for name, module in loss_fn.named_modules():
         if isinstance(module, ResidualBlock):
-            module.register_forward_hook(
-                lambda m, i, o, name=name: watch(name, (*i, o))  # type: ignore[misc]
-            )
+            module.register_forward_hook(lambda m, i, o, name=name: watch(name, (*i, o)))
             module.register_full_backward_hook(
                 lambda m, i, o, name=name: watch(name, (*i, *o))  # type: ignore[misc]
             )

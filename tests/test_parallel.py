@@ -47,6 +47,7 @@ from importance import importance_weighted_bounds
 from interruption import Interrupted, Interruption
 from parallel import Clock, Replicas, check_batch, synchronised
 from ranks import Ranks, joined_ranks
+from schedule import learning_rate
 from svi import SVI
 from tests.commands import ROOT, refusal, subprocess_environment
 
@@ -477,7 +478,7 @@ def test_all_ranks_end_by_the_first_one_s_clock(monkeypatch: pytest.MonkeyPatch)
     run = Run.open(Path("run"))
     assert run.checkpoint_steps() == [3, 6, 9, 10]
     rates = [e["train/learning_rate"] for e in untimed_entries(run.path) if "train/loss" in e]
-    expected = [train_svi.learning_rate(run.config, step, step * 0.1 / 0.95) for step in range(10)]
+    expected = [learning_rate(run.config, step, step * 0.1 / 0.95) for step in range(10)]
     assert rates == pytest.approx(expected)
 
 

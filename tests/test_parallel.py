@@ -382,7 +382,7 @@ def test_one_run_is_kept_and_told_of_once() -> None:
     assert [entry["step"] for entry in shared] == [3, 4, 5, 6, 8, 9, 10, 10]
     lines = Path("log").read_text().splitlines()
     assert [line for line, count in Counter(lines).items() if count > 1] == []
-    assert sum(line.startswith("step 3: ") for line in lines) == 1
+    assert sum(line.startswith("step 3: ELBO") for line in lines) == 1
     assert "on 2 x cpu" in lines[0]
     assert Run.open(Path("run")).provenance["machine"].startswith("2 x ")
     # Means of the log are the batch's: the first step's noise and its weights differ little.
@@ -487,7 +487,8 @@ def test_all_ranks_end_by_the_first_one_s_clock(monkeypatch: pytest.MonkeyPatch)
 
 def test_bytes_and_multiply_adds_are_counted() -> None:
     """Those of the reference's full-size network; a backward pass is nearly two forward ones."""
-    found = counted("mnist-3")
+    with pyro.validation_enabled(False):  # there are no values to look at
+        found = counted("mnist-3")
     assert found["gradient_bytes"] == 4 * 3_209_153
     assert found["forward_multiply_adds"] == pytest.approx(521e6, rel=0.001)
     assert found["backward_multiply_adds"] == pytest.approx(2 * 521e6, rel=0.01)
@@ -525,7 +526,8 @@ def children(process: int) -> list[int]:
 
 def test_torchrun_starts_a_run_again_where_it_was() -> None:
     """One rank is killed; the next attempt goes on from the newest checkpoint, to the bit."""
-    script = [ROOT / "train_svi.py", *LADDER, "--ckpt-interv", 5, "--steps", 60]
+    options = "--ckpt-interv 5 --steps 60 --ts-log-interv 0 --ll-interv 0".split()
+    script = [ROOT / "train_svi.py", *LADDER, *options]
     command = torchrun("--max-restarts", 1, *script, "--out", "run")
     environment = subprocess_environment()
     with (
@@ -543,7 +545,7 @@ def test_torchrun_starts_a_run_again_where_it_was() -> None:
     assert sum(line.startswith("run folder run") for line in said) == 2
     assert sum(line.startswith("error: one of 2 processes has died") for line in said) <= 1
     assert not any("Traceback" in line for line in said)
-    assert train_on(2, *LADDER, "--ckpt-interv", 5, "--steps", 60, "--out", "whole") == [0, 0]
+    assert train_on(2, *LADDER, *options, "--out", "whole") == [0, 0]
     assert differences(Path("whole"), Path("run")) == []
 
 

@@ -91,7 +91,8 @@ def _draw_layers(folder: Path, model: LadderModel, config: Config, images: Image
 def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
     """Write kl.png, bound.png and, where the samples are enough for it, pareto_k.png.
 
-    `results` are those of `metrics.metrics`, made of `bounds`.
+    `results` are those of `metrics.metrics`, made of `bounds`. A pareto_k.png of earlier ones goes
+    where there is none of these.
     """
     draw_kl_by_layer(folder / "kl.png", results["kl_per_layer"])
     curve = results["curve"]
@@ -99,6 +100,8 @@ def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
     draw_bound(folder / "bound.png", curve["samples"], curve["nats"], errors)
     if results["pareto_k"] is not None:
         draw_pareto_k(folder / "pareto_k.png", bounds.pareto_k.numpy())
+    else:
+        (folder / "pareto_k.png").unlink(missing_ok=True)
 
 
 def draw_completions(path: Path, x: Tensor, missing: Tensor, found: Completions) -> None:

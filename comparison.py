@@ -116,10 +116,20 @@ class Scored:
         return sum(layers) if layers and None not in layers else None
 
 
-def evaluation_steps(run: Path) -> list[int]:
-    """The steps at which a run has been evaluated, rising."""
-    steps = (file.parent.name for file in run.glob("eval/*/metrics.json"))
-    return sorted(int(step) for step in steps if step == "0" or re.fullmatch(_COUNT, step))
+def evaluation_folder(run: Path, step: int, split: str) -> Path:
+    """Where a run keeps its evaluation at a step: that of the test set by the step alone."""
+    return run / "eval" / (str(step) if split == "test" else f"{step}-{split}")
+
+
+def evaluation_folders(run: Path) -> list[Path]:
+    """The folders of a run's evaluations by step, rising; of one step's, the test set's is last."""
+    others = "|".join(re.escape(split) for split in datasets.SPLITS if split != "test")
+    found = []
+    for file in run.glob("eval/*/metrics.json"):
+        if name := re.fullmatch(rf"(0|{_COUNT})(-(?:{others}))?", file.parent.name):
+            step, split = name.groups()
+            found.append((int(step), split is None, split or "", file.parent))
+    return [folder for *_, folder in sorted(found)]
 
 
 def _metrics_file(path: Path) -> Path:
@@ -128,8 +138,8 @@ def _metrics_file(path: Path) -> Path:
         return path
     if (path / "metrics.json").is_file():
         return path / "metrics.json"
-    if steps := evaluation_steps(path):
-        return path / "eval" / str(steps[-1]) / "metrics.json"
+    if folders := evaluation_folders(path):
+        return folders[-1] / "metrics.json"
     if (path / "config.json").is_file():
         raise UserError(f"{path} has not been evaluated yet; run: python evaluate.py {path}")
     if not path.exists():

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 import datasets
 from errors import UserError
+from execution import COMPILE, PRECISIONS
 from likelihoods import LIKELIHOODS
 from networks import ACTIVATIONS, MERGE_TYPES, RESIDUAL_TYPES, BlockStyle
 
@@ -84,6 +85,9 @@ class Config:
     gated: bool = option(False, "gated residual blocks")
     skip: bool = option(False, "skip connections from all layers above in the generative model")
     batchnorm: bool = option(True, "batch normalisation", flags=("--bn",))
+    sync_bn: bool = option(
+        False, "batch normalisation over the whole batch where several GPUs share it"
+    )
     dropout: float = option(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = option(False, "learn the prior of the top layer")
     initial_downscaling: bool = option(True, "halve the image at the start of inference")
@@ -133,6 +137,18 @@ class Config:
         check=NOT_NEGATIVE,
     )
     seed: int = option(42, "random seed", check=SEED)
+    # Speed
+    precision: str = option(
+        "float32",
+        "of the networks; tf32 (on a GPU) and bf16 are faster and less precise, and evaluations "
+        "during training in float32 all the same",
+        choices=PRECISIONS,
+    )
+    compile: str = option(
+        "auto",
+        "compile the residual blocks, which takes a minute at the start; auto: on a GPU",
+        choices=COMPILE,
+    )
     # Length; whichever comes first ends the run, and with none it runs until interrupted
     steps: int = option(0, "stop after this many steps; 0 for no bound", check=NOT_NEGATIVE)
     epochs: int = option(0, "stop after this many epochs; 0 for no bound", check=NOT_NEGATIVE)
@@ -196,6 +212,8 @@ class Config:
                 f"--downsample asks for {sum(self.downsample)} halvings in all; it must be at most "
                 f"{10 - self.initial_downscaling}, and no image has room for more"
             )
+        if self.sync_bn and not self.batchnorm:
+            raise UserError("--sync-bn does nothing with --no-bn; leave one of them out")
         if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
             raise UserError(
                 "--lr-decay needs the run's length: give --steps, --epochs or --max-minutes"

@@ -45,7 +45,7 @@ class FreeBitsELBO(ELBO):
     """
 
     def __init__(
-        self, free_bits: float = 0.0, *, analytic_kl: bool = False, kl_weight: float = 1.0
+        self, free_bits: float = 0.0, *, analytic_kl: bool = False, kl_weight: float | Tensor = 1.0
     ) -> None:
         super().__init__()
         self.free_bits = free_bits

@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ from tqdm import tqdm
 import datasets
 from album import draw_album, draw_charts, draw_completions
 from allocator import keep_freed_memory
+from atomic import writing
 from checkpoint import Run, load_weights, write_json
-from comparison import Scored, compare
+from comparison import Scored, compare, evaluation_folder
 from config import OneLineParser
 from datasets import ImageSet
 from datasets.folder import load_folder
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import COMPILE, PRECISIONS, Execution
 from guide import LadderGuide, build_ladder
 from importance import Blocks, Bounds, ImportanceSampler, random_index
 from inpainting import MASKS, inpaint, read_mask, write_completions
@@ -56,6 +58,7 @@ INPAINTED, CHAINS, SWEEPS = 8, 6, 100
 # The modes that make use of an option; of one not listed, all but --compare.
 _USERS = {
     "samples": ("evaluate", "score"),
+    "precision": ("evaluate", "score"),
     "temperature": ("evaluate",),
     "sweeps": ("inpaint",),
     "chains": ("inpaint",),
@@ -75,13 +78,27 @@ class Trained:
     minutes: float | None  # of training; None for imported weights
 
     @classmethod
-    def load(cls, run: Run, step: int | None, device: torch.device, *, average: bool) -> "Trained":
+    def load(
+        cls,
+        run: Run,
+        step: int | None,
+        device: torch.device,
+        *,
+        average: bool,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
+    ) -> "Trained":
         """From the checkpoint of `step`, or the newest; its moving average where there is one."""
         state = run.load_checkpoint(step, device)
         model, guide = build_ladder(run.config, run.image_shape)
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
+        if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
+            raise UserError(
+                f"the weights of step {state['step']} are not all finite, the training diverged: "
+                "give an earlier step to --checkpoint"
+            )
+        execution.prepare(module)
         weights = "average" if use_average else "last"
         return cls(model, guide, state["step"], weights, state["minutes"])
 
@@ -155,7 +172,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where to write (default: RUN/eval/STEP; the current folder for --compare)",
+        help="where to write (default: RUN/eval/STEP, or STEP-SPLIT for another split than test; "
+        "the current folder for --compare)",
     )
     parser.add_argument(
         "--batch-size",
@@ -167,6 +185,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed", type=int, help="of all noise and of --limit's choice (default: 0)"
     )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the networks; tf32 (on a GPU) and bf16 are faster and change bounds by some "
+        "hundredths of a nat (default: float32)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE,
+        help="compile the residual blocks, which takes a minute at the start; auto: on a GPU "
+        "(default: auto)",
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -193,6 +223,8 @@ def defaults() -> dict[str, Any]:
         "chains": CHAINS,
         "seed": 0,
         "device": "auto",
+        "precision": "float32",
+        "compile": "auto",
         "data_dir": Path(os.environ.get("LVAE_DATA", "data")),
     }
 
@@ -217,7 +249,8 @@ def mode_of(arguments: argparse.Namespace) -> str:
 
     Raises `UserError` for two things at a time, and for options that would do nothing.
     """
-    asked = [mode for mode in ("inpaint", "score", "compare") if getattr(arguments, mode)]
+    modes = ("inpaint", "score", "compare")
+    asked = [mode for mode in modes if getattr(arguments, mode) is not None]
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} are two things; ask for one at a time")
     mode = asked[0] if asked else "evaluate"
@@ -225,6 +258,15 @@ def mode_of(arguments: argparse.Namespace) -> str:
         raise UserError(f"give all runs behind --compare, {arguments.run} too")
     if mode != "compare" and arguments.run is None:
         raise UserError("RUN is missing: give the run folder of train_svi.py (see --help)")
+    from_folders = mode == "score" and {arguments.score, arguments.against}.isdisjoint(
+        datasets.NAMES
+    )
+    if from_folders and arguments.split is not None:
+        raise UserError("--split does nothing with images of a folder; leave it out")
+    images = "give a data set or a folder of images"
+    for name, wanted in {"inpaint": "give a mask", "score": images, "against": images}.items():
+        if getattr(arguments, name) == "":
+            raise UserError(f"--{name} is empty; {wanted}")
     for name, value in vars(arguments).items():
         users = _USERS.get(name, ("evaluate", "inpaint", "score"))
         if value is None or name in ("run", "out", *asked) or mode in users:
@@ -245,8 +287,13 @@ class Evaluation:
         self.device = choose_device(arguments.device, ranks.local_rank)
         self.run = Run.open(arguments.run)
         step = self.run.step_called(arguments.checkpoint)
-        self.trained = Trained.load(self.run, step, self.device, average=arguments.average)
-        self.folder: Path = arguments.out or self.run.path / "eval" / str(self.trained.step)
+        self.execution = Execution.choose(arguments.precision, arguments.compile, self.device)
+        self.trained = Trained.load(
+            self.run, step, self.device, average=arguments.average, execution=self.execution
+        )
+        self.folder: Path = arguments.out or evaluation_folder(
+            self.run.path, self.trained.step, arguments.split
+        )
         # How many image-sample pairs go through the network at a time, on every rank.
         self.batch_size: int = arguments.batch_size or ranks.share(
             automatic_batch_size(
@@ -266,12 +313,12 @@ class Evaluation:
         if name not in datasets.NAMES:
             images, names = load_folder(Path(name), run.image_shape, binary=binary)
             return images.to(self.device), names
-        images = datasets.load(name, arguments.split, arguments.data_dir).to(self.device)
-        if images.shape != run.image_shape:
-            raise UserError(f"{run.path} is of images {run.image_shape}, {name} has {images.shape}")
+        shape = datasets.image_shape(name)  # known before anything is downloaded
+        if shape != run.image_shape:
+            raise UserError(f"{run.path} is of images {run.image_shape}, {name} has {shape}")
         if binary and not datasets.is_binary(name):
             raise UserError(f"{run.path} is of binary images, those of {name} have 256 levels")
-        return images, None
+        return datasets.load(name, arguments.split, arguments.data_dir).to(self.device), None
 
     def index(self, images: ImageSet, default: int | None = None) -> Tensor:
         """The images that are asked for: all, or a random few."""
@@ -293,6 +340,7 @@ class Evaluation:
             batch_size=self.batch_size,
             seed=self.arguments.seed,
             from_prior=from_prior,
+            execution=self.execution,
         )
         modules = nn.ModuleList([self.trained.model, self.trained.guide])
         origin = {
@@ -300,6 +348,7 @@ class Evaluation:
             "code": commit(),
             "torch": torch.__version__,
             "device": self.device.type,
+            "execution": asdict(self.execution),
         }
         ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
         return score(sampler, ledger, self.ranks), ledger
@@ -312,6 +361,7 @@ class Evaluation:
             "seed": self.arguments.seed,
             "limit": self.arguments.limit,
             "batch_size": self.batch_size,
+            "precision": self.execution.precision,
             "layers": len(self.run.config.z_dims),
             "parameters": count_parameters(self.trained.model, self.trained.guide),
             "minutes": self.trained.minutes,
@@ -352,8 +402,8 @@ def evaluate(evaluation: Evaluation) -> None:
     draw_charts(folder, bounds, results)
     write_per_image(folder / "per_image.npz", bounds, evaluation.index(images))
     write_json(folder / "metrics.json", results)
-    ledger.remove()
     report = evaluation_report(folder, run, results, ladder_pictures(depth))
+    ledger.remove()
     weights = "moving average of the weights" if trained.weights == "average" else "last weights"
     print(
         f"{images.name}, {results['n_images']:,} {arguments.split} images, "
@@ -382,11 +432,16 @@ def inpaint_images(evaluation: Evaluation) -> None:
     arguments, trained = evaluation.arguments, evaluation.trained
     if not evaluation.ranks.is_first:
         return
+    folder = evaluation.folder
     _, height, width = evaluation.run.image_shape
     missing = read_mask(arguments.inpaint, (height, width)).to(evaluation.device)
     images, _ = evaluation.load(evaluation.run.config.dataset)
     index = evaluation.index(images, INPAINTED)
-    x = images.batch(index.to(images.index_device))
+    # Images that are binarized anew at each reading are part of the noise.
+    generator = torch.Generator(images.device).manual_seed(arguments.seed)
+    x = images.batch(index.to(images.index_device), generator)
+    with writing(folder):  # before the chains, which take their time
+        folder.mkdir(parents=True, exist_ok=True)
     chains, sweeps = arguments.chains, arguments.sweeps
     total = len(x) * chains * sweeps
     with tqdm(total=total, unit="sweep", disable=not sys.stderr.isatty()) as bar:
@@ -402,7 +457,6 @@ def inpaint_images(evaluation: Evaluation) -> None:
             seed=arguments.seed,
             on_sweep=bar.update,
         )
-    folder = evaluation.folder
     draw_completions(folder / "inpainting.png", x, missing, completions)
     write_completions(folder / "inpainting.npz", index, missing, completions)
     update_report(evaluation)
@@ -415,13 +469,24 @@ def inpaint_images(evaluation: Evaluation) -> None:
     print(f"images    {folder / 'inpainting.npz'}")
 
 
+def prior_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """How many layers to draw from their priors: as `given`, or half of them where there are more.
+
+    Raises `UserError` for numbers that leave no layer out, or no layer above.
+    """
+    if given is None:
+        return [depth // 2] if depth > 1 else []
+    if depth == 1:
+        raise UserError("--prior-layers needs a layer above them, and the ladder has but one")
+    if wrong := [k for k in given if not 1 <= k < depth]:
+        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    return list(given)
+
+
 def score_images(evaluation: Evaluation) -> None:
     """Write the bounds of given images and, of two sets, how well they are told apart."""
     arguments, folder = evaluation.arguments, evaluation.folder
-    depth = len(evaluation.run.config.z_dims)
-    layers = arguments.prior_layers or ([depth // 2] if depth > 1 else [])
-    if wrong := [k for k in layers if not 1 <= k < depth]:
-        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    layers = prior_layers(arguments.prior_layers, len(evaluation.run.config.z_dims))
     names = [name for name in (arguments.score, arguments.against) if name is not None]
     sets = [evaluation.load(name) for name in names]
     if len({images.name for images, _ in sets}) < len(sets):
@@ -489,7 +554,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(compare(arguments.compare, arguments.out or Path()), end="")
         return 0
     keep_freed_memory()
-    with pyro.validation_enabled(False), joined_ranks() as ranks:
+    advice = "; the same command continues"
+    with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
         evaluation = Evaluation(arguments, ranks)
         if arguments.mode == "inpaint":
             inpaint_images(evaluation)

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from config import Config
 from model import LadderModel, normal_from
-from networks import ACTIVATIONS, BlockStyle, Merge, ResidualBlock, pad_to, residual_blocks
+from networks import (
+    ACTIVATIONS,
+    BlockStyle,
+    Merge,
+    ParameterConv,
+    ResidualBlock,
+    pad_to,
+    residual_blocks,
+)
 
 
 class BottomUp(nn.Module):
@@ -61,7 +69,7 @@ class TopPosterior(nn.Module):
 
     def __init__(self, channels: int, z_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 2 * z_channels, 3, padding=1)
+        self.conv = ParameterConv(channels, 2 * z_channels)
 
     def forward(self, d: Tensor) -> dist.TorchDistribution:
         return normal_from(self.conv(d))
@@ -73,7 +81,7 @@ class ConditionalPosterior(nn.Module):
     def __init__(self, style: BlockStyle, merge_type: str, z_channels: int) -> None:
         super().__init__()
         self.merge = Merge(merge_type, style)
-        self.conv = nn.Conv2d(style.channels, 2 * z_channels, 3, padding=1)
+        self.conv = ParameterConv(style.channels, 2 * z_channels)
 
     def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
         return normal_from(self.conv(self.merge(d, h_above)))

@@ -22,9 +22,11 @@ from torch.distributions import kl_divergence
 from datasets import ImageSet
 from draws import permutation, torch_seed
 from elbo import FreeBitsELBO
+from execution import Execution
 from guide import LadderGuide
 from model import LadderModel
 from pareto import pareto_k, tail_length
+from ranks import Ranks
 
 # What a draw is for, the second part of its key.
 _NOISE, _SUBSET, _READING = 0, 1, 2
@@ -131,7 +133,8 @@ class ImportanceSampler:
 
     Put model and guide in evaluation mode first. The lowest `from_prior` layers are drawn from
     their priors (see `LadderGuide`). Groups are of images next to each other in the image set, so
-    that the order of `index` changes no digit.
+    that the order of `index` changes no digit. `execution` says how the networks, prepared with it,
+    are run.
     """
 
     def __init__(
@@ -145,7 +148,9 @@ class ImportanceSampler:
         batch_size: int,
         seed: int,
         from_prior: int = 0,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
     ) -> None:
+        self.execution = execution
         self.model = model
         self.guide = guide
         self.images = images
@@ -170,7 +175,8 @@ class ImportanceSampler:
 
     def group(self, number: int) -> Bounds:
         """The bounds of one group's images, wherever and whenever it is computed."""
-        with torch.no_grad(), torch.random.fork_rng(self._devices()):
+        autocast = self.execution.autocast(self.images.device)
+        with torch.no_grad(), autocast, torch.random.fork_rng(self._devices()):
             return self._bounds(number, self._read(number))
 
     def in_order(self, groups: Iterable[Tensor]) -> Bounds:
@@ -233,21 +239,27 @@ def importance_weighted_bounds(
     *,
     batch_size: int,
     seed: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Bounds:
     """The bounds of the images at `index` (N,), for each K in `samples` (rising), in one go.
 
-    Put model and guide in evaluation mode first. `on_images` is told how many images have been
-    finished since it was last called.
+    Put model and guide in evaluation mode first. The groups are dealt out to the `ranks`, which all
+    get all bounds. `on_images` is told how many images this rank has finished since it was last
+    called, and called as often on each of them.
     """
     sampler = ImportanceSampler(
         model, guide, images, index, samples, batch_size=batch_size, seed=seed
     )
-    tables = []
-    for number in range(len(sampler)):
-        tables.append(sampler.group(number).table())
-        on_images(len(tables[-1]))
-    return sampler.in_order(tables)
+    tables: dict[int, Tensor] = {}
+    for first in range(0, len(sampler), ranks.size):
+        number = first + ranks.rank
+        if number < len(sampler):
+            tables[number] = sampler.group(number).table()
+        on_images(len(tables[number]) if number in tables else 0)
+    for part in ranks.collect(tables):
+        tables |= part
+    return sampler.in_order(tables[number] for number in range(len(sampler)))
 
 
 def random_index(n: int, count: int, seed: int) -> Tensor:

@@ -1,11 +1,11 @@
 """Likelihood heads: from the last feature map to the distribution of the image given z."""
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from distributions import MIN_LOG_SCALE, DiscretizedLogistic, DiscretizedLogisticMixture
 from errors import UserError
+from networks import ParameterConv
 
 
 class _Head(nn.Module):
@@ -13,12 +13,7 @@ class _Head(nn.Module):
 
     def __init__(self, channels: int, parameter_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, parameter_channels, 3, padding=1)
-
-    def parameters_of(self, h: Tensor) -> Tensor:
-        """From h (N, C, H, W), in single precision at least whatever the network computes in."""
-        parameters = self.conv(h)
-        return parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        self.conv = ParameterConv(channels, parameter_channels)
 
 
 class Bernoulli(_Head):
@@ -29,7 +24,7 @@ class Bernoulli(_Head):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
-        return dist.Bernoulli(logits=self.parameters_of(h)).to_event(3)
+        return dist.Bernoulli(logits=self.conv(h)).to_event(3)
 
 
 class Gaussian(_Head):
@@ -43,7 +38,7 @@ class Gaussian(_Head):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
-        mean, log_variance = self.parameters_of(h).chunk(2, dim=1)
+        mean, log_variance = self.conv(h).chunk(2, dim=1)
         return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 
 
@@ -58,7 +53,7 @@ class DiscretizedLogisticHead(_Head):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
-        loc, log_scale = self.parameters_of(h).chunk(2, dim=1)
+        loc, log_scale = self.conv(h).chunk(2, dim=1)
         log_scale = (log_scale - 1).clamp(min=MIN_LOG_SCALE)
         return DiscretizedLogistic(loc + 0.5, log_scale).to_event(3)
 
@@ -76,7 +71,7 @@ class DiscretizedLogisticMixtureHead(_Head):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape (3, H, W)."""
-        return DiscretizedLogisticMixture.from_channels(self.parameters_of(h))
+        return DiscretizedLogisticMixture.from_channels(self.conv(h))
 
 
 LIKELIHOODS: dict[str, type[nn.Module]] = {

@@ -74,6 +74,12 @@ def warning(bounds: Bounds, samples: int) -> str | None:
 
     None where it may be one, or where the samples are too few to tell.
     """
+    bound = bounds.importance_weighted[samples]
+    if infinite := int((~bound.isfinite()).sum()):
+        return (
+            f"the bound with {samples:,} samples is not finite for {infinite:,} of {len(bound):,} "
+            "images: the model's weights may have diverged, use an earlier checkpoint"
+        )
     if bounds.pareto_k.isnan().all():
         return None
     share = (bounds.pareto_k > UNRELIABLE).double().mean().item()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from config import Config
 from likelihoods import LIKELIHOODS
-from networks import BlockStyle, Merge, crop_to, residual_blocks
+from networks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:
@@ -44,7 +44,7 @@ class ConditionalPrior(nn.Module):
 
     def __init__(self, channels: int, z_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, 2 * z_channels, 3, padding=1)
+        self.conv = ParameterConv(channels, 2 * z_channels)
 
     def forward(self, h_above: Tensor) -> dist.TorchDistribution:
         return normal_from(self.conv(h_above))

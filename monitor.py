@@ -27,12 +27,22 @@ class Monitor:
     TensorBoard and `images/`. Without a folder nothing is written. A resumed run's monitor drops
     what was written after `first_step`, which the run comes to again.
 
+    A `silent` one, of a process that is not the first of several, says nothing either.
+
     Raises `UserError` where nothing can be written at the start. Later a full disk ends no run: one
     line tells of it, and entries wait until there is room.
     """
 
-    def __init__(self, folder: Path | None, first_step: int, total_steps: int | None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        first_step: int,
+        total_steps: int | None,
+        *,
+        silent: bool = False,
+    ) -> None:
         self.folder = folder
+        self._silent = silent
         self._first_step = first_step
         self._logged: dict[str, float | None] = {}  # at the first step, before this session
         self._metrics: _Outlet | None = None
@@ -44,7 +54,7 @@ class Monitor:
             total=total_steps,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=silent or not sys.stderr.isatty(),
         )
 
     def _open(self, folder: Path, first_step: int) -> None:
@@ -135,7 +145,8 @@ class Monitor:
 
     def say(self, line: str) -> None:
         """Print a line above the progress bar."""
-        tell(line)
+        if not self._silent:
+            tell(line)
 
     def sync(self) -> None:
         """Have all entries outlast a failure of power."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.nn import functional as F
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -110,6 +111,24 @@ def _resample(channels: int, direction: Literal["down", "up"] | None) -> nn.Modu
     return nn.ConvTranspose2d(channels, channels, 3, stride=2, padding=1, output_padding=1)
 
 
+class ParameterConv(nn.Conv2d):
+    """A 3x3 convolution to the parameters of a distribution, always in single precision at least.
+
+    Whatever precision the networks run in: in bfloat16 the KL, a small difference of large numbers,
+    comes out wrong.
+    """
+
+    def __init__(self, channels: int, parameter_channels: int) -> None:
+        super().__init__(channels, parameter_channels, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """From h (N, C, H, W) to parameters (N, `parameter_channels`, H, W)."""
+        if not is_autocast_available(h.device.type):
+            return super().forward(h)
+        with torch.autocast(h.device.type, enabled=False):
+            return super().forward(h.to(self.weight.dtype))
+
+
 def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """Zero-pad images (N, C, H, W) to `size` (H', W'), the smaller half on the top and left."""
     dh, dw = size[0] - x.shape[-2], size[1] - x.shape[-1]
@@ -120,8 +139,12 @@ def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """Undo `pad_to`: crop feature maps (N, C, H', W') to `size` (H, W)."""
-    top, left = (x.shape[-2] - size[0]) // 2, (x.shape[-1] - size[1]) // 2
-    return x[..., top : top + size[0], left : left + size[1]]
+    dh, dw = x.shape[-2] - size[0], x.shape[-1] - size[1]
+    if dh == 0 and dw == 0:
+        return x
+    # Not by slices, whose gradient would come in another memory layout than x, and leave all before
+    # it with a mixture of the two.
+    return F.pad(x, (-(dw // 2), dw // 2 - dw, -(dh // 2), dh // 2 - dh))
 
 
 def count_parameters(*modules: nn.Module) -> int:

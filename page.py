@@ -33,6 +33,7 @@ th, td { padding: .25rem 1.1rem .25rem 0; text-align: left; vertical-align: top;
 td:not(.number) { min-width: 4.5rem; }
 td:first-child { white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; white-space: nowrap; }
+th:last-child, td:last-child { padding-right: 0; }
 td.number, th.number { text-align: right; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .bar { width: 10rem; max-width: 30vw; height: .7rem; margin-top: .4rem; background: var(--shade); }
@@ -48,7 +49,8 @@ img.paper { background: #ffffff; border-radius: 4px; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 34rem) { body { padding-top: 1rem; font-size: 15px; }
-  table { font-size: .84rem; } th, td { padding-right: .7rem; } .bar { max-width: 20vw; } }
+  table { font-size: .84rem; } th, td { padding-right: .7rem; } .bar { max-width: 20vw; }
+  td:first-child { white-space: normal; } }
 @media print { body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; }
   h2, h3 { break-after: avoid; } .wide { overflow: visible; } }
 """

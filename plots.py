@@ -143,19 +143,3 @@ def draw_roc(
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(frameon=False, loc="lower right")
     write_figure(path, figure)
-
-
-def draw_scores(path: Path, scores: Mapping[str, "ArrayLike"], *, title: str, x_label: str) -> None:
-    """Write histograms of sets of scores over each other, by the name of the set.
-
-    Heights are shares of each set, so that sets of different sizes compare.
-    """
-    figure, axes = _new_figure(title, x_label, "share of images")
-    sets = {name: np.asarray(values) for name, values in scores.items()}
-    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), _BINS).tolist()
-    for (name, values), colour in zip(sets.items(), (_BLUE, _ORANGE), strict=True):
-        weights = np.full(len(values), 1 / len(values))
-        label = f"{name} ({len(values):,})"
-        axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=label)
-    axes.legend(frameon=False)
-    write_figure(path, figure)

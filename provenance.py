@@ -10,11 +10,11 @@ import pyro
 import torch
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What a result file says of how it was obtained."""
+def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What a result file says of how it was obtained, by so many processes that shared the work."""
     return {
         "commit": commit(),
-        "machine": machine(device),
+        "machine": f"{processes} x " * (processes > 1) + machine(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": pyro.__version__,

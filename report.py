@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import page
 from atomic import write_atomically
 from checkpoint import Run
-from comparison import Scored, columns, evaluation_steps
+from comparison import Scored, columns, evaluation_folders
 from config import Config, OneLineParser, flag_names
 from errors import run_command
 from page import Markup
@@ -53,7 +53,7 @@ def ladder_pictures(layers: int) -> list[Picture]:
             "layers.png",
             "What each layer decides",
             "The images of a row share the latents above a layer and differ in that layer's "
-            "sample; the layers below it are at the mean of their prior. Rows that hardly vary "
+            "sample; the layers below it are at the mode of their prior. Rows that hardly vary "
             "show a layer of details, rows that vary a layer of the whole.",
         ),
         *(
@@ -311,24 +311,21 @@ def _newest_pictures(folder: Path) -> list[Markup]:
 
 
 def _evaluations(run: Run) -> list[Markup]:
-    """The figures that evaluate.py found at different steps, newest last, and their reports."""
-    steps = evaluation_steps(run.path)
-    if not steps:
+    """The figures that evaluate.py found, newest last; their steps are links to their reports."""
+    folders = evaluation_folders(run.path)
+    if not folders:
         return []
-    folders = [Path("eval") / str(step) for step in steps]
-    scored = [Scored.read(run.path / folder) for folder in folders]
+    scored = [Scored.read(folder) for folder in folders]
     table = columns(scored, ("step", "weights", "data", "bounds", "kl"))
     rows = [
         [page.strong(c.cells[i]) if i in c.best else c.cells[i] for c in table]
         for i in range(len(scored))
     ]
+    # In the first column, which a narrow page shows too.
+    for row, report in zip(rows, [folder / "report.html" for folder in folders], strict=True):
+        if report.is_file():
+            row[0] = page.link(report.relative_to(run.path).as_posix(), row[0])
     header = [column.header for column in table]
-    reports = [folder / "report.html" for folder in folders]
-    if any((run.path / report).is_file() for report in reports):
-        header.append("report")
-        for row, report in zip(rows, reports, strict=True):
-            there = (run.path / report).is_file()
-            row.append(page.link(report.as_posix(), "open") if there else "")
     numbers = [i for i, column in enumerate(table) if column.is_number]
     note = "Negative bounds in nats ± standard error, bits per dimension in brackets."
     return [page.table(header, rows, numbers), page.paragraph(note, "quiet")]

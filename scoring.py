@@ -75,7 +75,8 @@ class Ledger:
         """The tables of the finished groups, by their number."""
         tables: dict[int, Tensor] = {}
         for path in sorted(self.folder.glob(f"{self.key}.*")):
-            tables |= self._records(path.read_bytes())
+            with suppress(OSError):  # what cannot be read is computed again
+                tables |= self._records(path.read_bytes())
         return tables
 
     @contextmanager
@@ -98,7 +99,8 @@ class Ledger:
     def remove(self) -> None:
         """Remove the files, once their figures are elsewhere."""
         for path in self.folder.glob(f"{self.key}.*"):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's may stay
+                path.unlink(missing_ok=True)
         with suppress(OSError):  # other scorings may have theirs there
             self.folder.rmdir()
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from readback import Readback
+
 # A spike is told by the median of so many norms; while half of them are unknown it is infinite.
 WINDOW = 100
 
@@ -31,9 +33,10 @@ class UpdateGuard:
         self.spike = spike
         self._norms = torch.full((WINDOW,), torch.inf, device=device)
         self._slots = torch.arange(WINDOW, device=device)
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        self._taken, self._skipped, self._spikes = zero, zero, zero
-        self._row, self._longest_row = zero, zero
+        # Changed in place throughout: a step that is replayed finds them where they were.
+        counts = torch.zeros(5, dtype=torch.int64, device=device)
+        self._taken, self._skipped, self._spikes, self._row, self._longest_row = counts
+        self._readback = Readback()
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """Whether a step may count, as a 0-dimensional boolean tensor.
@@ -46,14 +49,14 @@ class UpdateGuard:
             good = good & (norm <= self.skip_norm)
         if self.spike:
             spiked = good & (norm > self.spike * self._norms.median())
-            self._spikes = self._spikes + spiked
+            self._spikes += spiked
             good = good & ~spiked
             slot = self._slots == self._taken % WINDOW
-            self._norms = torch.where(good & slot, norm, self._norms)
-        self._taken = self._taken + good
-        self._skipped = self._skipped + ~good
-        self._row = (self._row + 1) * ~good
-        self._longest_row = torch.maximum(self._longest_row, self._row)
+            self._norms.copy_(torch.where(good & slot, norm, self._norms))
+        self._taken += good
+        self._skipped += ~good
+        self._row.add_(1).mul_(~good)
+        self._longest_row.copy_(torch.maximum(self._longest_row, self._row))
         return good
 
     @property
@@ -71,10 +74,15 @@ class UpdateGuard:
         """The most steps in a row that did not count, since the run was begun or resumed."""
         return int(self._longest_row)
 
+    def longest_row_seen(self) -> int:
+        """The same as far as it is known without waiting for the device: a little behind it."""
+        seen = self._readback.latest(self._longest_row)
+        return 0 if seen is None else int(seen)
+
     def state_dict(self) -> dict[str, Any]:
         """What later judgements and counts depend on."""
         return {
-            "norms": self._norms,
+            "norms": self._norms.clone(),
             "taken": int(self._taken),
             "skipped": self.skipped,
             "spikes": self.spikes,
@@ -89,11 +97,12 @@ class UpdateGuard:
             raise TypeError(f"a guard's state is no {type(state).__name__}")
         norms = state["norms"]
         if norms is not None:
-            self._norms = norms.to(self._norms).reshape(WINDOW)
-        self._taken, self._skipped, self._spikes = (
-            torch.full_like(self._taken, state[name]) for name in ("taken", "skipped", "spikes")
-        )
-        self._row = self._longest_row = torch.zeros_like(self._taken)
+            self._norms.copy_(norms.reshape(WINDOW))
+        self._taken.fill_(state["taken"])
+        self._skipped.fill_(state["skipped"])
+        self._spikes.fill_(state["spikes"])
+        self._row.zero_()
+        self._longest_row.zero_()
 
 
 class Snapshot:

@@ -10,7 +10,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from elbo import FreeBitsELBO
+from execution import Execution
+from parallel import Replicas
+from readback import Readback
 from skipping import Snapshot, UpdateGuard, zero_unless
+from step_graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class MovingAverage:
         torch._foreach_add_(averages, steps)
         for counter, source in self._counters:
             counter.copy_(source)
-        self.updates = self.updates + (1 if good is None else good)
+        self.updates += 1 if good is None else good
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged weights and how many updates they have seen."""
@@ -71,7 +75,7 @@ class MovingAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over another average's state."""
         self.module.load_state_dict(state["weights"])
-        self.updates = torch.full_like(self.updates, state["updates"])
+        self.updates.fill_(state["updates"])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -93,6 +97,8 @@ class SVI:
         skip_norm: gradient norms above this are refused; 0 for never.
         spike: gradient norms above this many times the running median are refused; 0 for never.
         average: is updated after each step that counts, where there is one.
+        execution: how the networks are run; prepare them with it first.
+        recorded: on a GPU, record the step as a CUDA graph and replay it (see `step_graph`).
     """
 
     def __init__(
@@ -104,37 +110,81 @@ class SVI:
         skip_norm: float = 0.0,
         spike: float = 0.0,
         average: MovingAverage | None = None,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
+        recorded: bool = False,
     ) -> None:
         self.loss_fn = loss_fn
+        self.execution = execution
+        # Where several ranks share each batch; losses and log are then of the whole of it.
+        self.replicas: Replicas | None = None
         self.elbo: FreeBitsELBO = loss_fn.elbo
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self.average = average
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._buffers = list(loss_fn.buffers())
-        device = self._parameters[0].device
-        self.guard = UpdateGuard(device, skip_norm=skip_norm, spike=spike)
+        self._device = self._parameters[0].device
+        self.guard = UpdateGuard(self._device, skip_norm=skip_norm, spike=spike)
         # On the CPU it need not wait for the numbers.
-        self.host_decides = device.type == "cpu"
-        self._keep_on_device(optimizer.param_groups)
+        self.host_decides = self._device.type == "cpu"
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        self.kl_weight = float(self.elbo.kl_weight)
+        if not self.host_decides:
+            self.keep_on_device()
         # Sums over the steps since `read`: how many, loss, log-likelihood, gradient norm, KL by
         # layer from the bottom; (4 + L,).
         self._totals: Tensor | None = None
+        self._readback = Readback()
+        self._recorded = recorded
+        self._begin()
 
-    def _keep_on_device(self, groups: list[dict[str, Any]]) -> None:
-        """Have the optimizer count its steps where the weights are, if it knows how to."""
-        for group in groups:
+    def _begin(self) -> None:
+        """From here on steps are those of the present weights and optimizer."""
+        self._take = StepGraph(self._take_step) if self._recorded else self._take_step
+
+    def keep_on_device(self) -> None:
+        """Keep what changes from step to step where the weights are, if the optimizer knows how to.
+
+        No step waits for the host then, nor the host for a step.
+        """
+        self.host_decides = False
+        for group in self.optimizer.param_groups:
             if "capturable" in group:
-                group["capturable"] = self._parameters[0].device.type == "cuda"
+                group["capturable"] = True
+                group["lr"] = torch.tensor(self.learning_rate, device=self._device)
+        self.elbo.kl_weight = torch.tensor(self.kl_weight, device=self._device)
+
+    def schedule(self, learning_rate: float, kl_weight: float) -> None:
+        """Set the learning rate and KL weight of the steps from here on."""
+        self.learning_rate, self.kl_weight = learning_rate, kl_weight
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+        if isinstance(self.elbo.kl_weight, Tensor):
+            self.elbo.kl_weight.fill_(kl_weight)
+        else:
+            self.elbo.kl_weight = kl_weight
 
     def step(self, x: Tensor) -> Tensor:
-        """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included."""
+        """Take a gradient step on images x (N, C, H, W); returns the loss, free bits included.
+
+        With `replicas`, x is this rank's part of the batch. The loss of a recorded step is
+        overwritten by the next one.
+        """
+        return self._take(x)
+
+    def _take_step(self, x: Tensor) -> Tensor:
         # A forward pass that is not finite would stay in the batch-norm statistics.
         statistics = Snapshot(self._buffers)
-        loss = self.loss_fn(x) / len(x)
+        loss_fn = self.loss_fn if self.replicas is None else self.replicas.module
+        with self.execution.autocast(self._device):
+            loss = loss_fn(x) / len(x)
         loss.backward()
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        good = self.guard.judge(loss.detach(), norm)
+        means = self._means(loss.detach())
+        good = self.guard.judge(means[0], norm)
         if not self.host_decides:
             statistics.restore_unless(good)
             self._update_if(good, norm)
@@ -142,9 +192,9 @@ class SVI:
             self._update(norm)
         else:
             statistics.restore_unless(good)
-        self._add(good, loss.detach(), norm)
+        self._add(good, means, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return means[0]
 
     def _update(self, norm: Tensor) -> None:
         self._apply_gradient(norm)
@@ -182,28 +232,33 @@ class SVI:
         """The true negative ELBO of images x, in nats per image."""
         return self.elbo.loss(self.loss_fn.model, self.loss_fn.guide, x) / len(x)
 
-    def _add(self, good: Tensor, loss: Tensor, norm: Tensor) -> None:
+    def _means(self, loss: Tensor) -> Tensor:
+        """Loss, log-likelihood and KL by layer of the batch, (2 + L,)."""
         assert self.elbo.terms is not None
         terms = self.elbo.terms
-        scalars = [torch.ones_like(loss), loss, terms.log_likelihood.mean(), norm]
-        row = torch.cat([torch.stack(scalars), terms.kl.mean(0)])
+        row = torch.cat([torch.stack([loss, terms.log_likelihood.mean()]), terms.kl.mean(0)])
+        return row if self.replicas is None else self.replicas.average(row)
+
+    def _add(self, good: Tensor, means: Tensor, norm: Tensor) -> None:
+        row = torch.cat([torch.stack([torch.ones_like(norm), *means[:2], norm]), means[2:]])
         row = torch.where(good, row, 0)  # its numbers may not be finite
-        self._totals = row if self._totals is None else self._totals + row
+        if self._totals is None:
+            self._totals = torch.zeros_like(row)
+        self._totals += row
 
     def peek(self) -> StepMeans | None:
         """Means over the steps since `read`; None where there were none, or all were skipped."""
-        if self._totals is None:
-            return None
-        steps, *totals = self._totals.tolist()
-        if not steps:
-            return None
-        loss, log_likelihood, norm, *kl = (total / steps for total in totals)
-        return StepMeans(int(steps), loss, log_likelihood, kl, norm)
+        return _means(self._totals)
+
+    def peek_behind(self) -> StepMeans | None:
+        """The same as far as it is known without waiting for the device."""
+        return _means(None if self._totals is None else self._readback.latest(self._totals))
 
     def read(self) -> StepMeans | None:
         """Like `peek`, and begins anew."""
         means = self.peek()
-        self._totals = None
+        if self._totals is not None:
+            self._totals.zero_()
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,11 +268,31 @@ class SVI:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of another one with as many layers."""
         totals = state["totals"]
-        self._totals = None if totals is None else totals.to(self._parameters[0].device)
+        self._totals = None if totals is None else totals.to(self._device, copy=True)
         self.guard.load_state_dict(state["guard"])
+        self._begin()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state, for any kind of device."""
+        state = self.optimizer.state_dict()
+        groups = [group | {"lr": self.learning_rate} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the optimizer's state, which may come from another kind of device."""
         groups = [dict(group) for group in state["param_groups"]]
-        self._keep_on_device(groups)
+        for group in groups:
+            if "capturable" in group:
+                group["capturable"] = not self.host_decides
         self.optimizer.load_state_dict(state | {"param_groups": groups})
+        if not self.host_decides:
+            self.keep_on_device()
+        self._begin()
+
+
+def _means(totals: Tensor | None) -> StepMeans | None:
+    steps, *sums = [0.0] if totals is None else totals.tolist()
+    if not steps:
+        return None
+    loss, log_likelihood, norm, *kl = (total / steps for total in sums)
+    return StepMeans(int(steps), loss, log_likelihood, kl, norm)

@@ -3,6 +3,7 @@
     python train_svi.py --preset digits --out runs/digits
     python train_svi.py --preset mnist-12 --max-minutes 600 --lr-decay cosine --ema 0.999
     python train_svi.py --resume runs/digits --steps 3000
+    torchrun --nproc-per-node 8 train_svi.py --preset celeba-20 --out runs/celeba-20
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
 Ctrl-C finishes the step, writes a checkpoint and exits; --resume goes on from there, or from
@@ -24,16 +25,17 @@ from typing import Any
 
 import pyro
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import datasets
 from allocator import keep_freed_memory
 from atomic import remove_partial_files
-from checkpoint import Run, load_weights
+from checkpoint import Damaged, Run, load_weights
 from config import Config, OneLineParser, add_options, config_from, given_options
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import Execution
 from guide import build_ladder
 from importance import (
     Bounds,
@@ -44,10 +46,21 @@ from importance import (
 )
 from inspection import prior_samples, reconstructions
 from interruption import Interrupted, Interruption
+from launch import Launch
 from monitor import Monitor, read_entries
 from networks import count_parameters, data_dependent_init
+from parallel import (
+    Clock,
+    Replicas,
+    check_batch,
+    random_states,
+    restore_random_state,
+    seed_noise,
+    synchronised,
+)
 from pictures import reconstruction_grid, sample_grid
 from provenance import provenance
+from ranks import Ranks, joined_ranks
 from schedule import Length, kl_weight, learning_rate
 from svi import SVI, MovingAverage
 
@@ -70,6 +83,7 @@ CHANGEABLE = {
     "ckpt_interv",
     "checkpoint_minutes",
     "keep_checkpoints",
+    "sync_bn",
 }
 
 # A channel counts as active where its KL, averaged over images, is above this many nats; and a
@@ -86,29 +100,51 @@ class Diverged(Exception):  # noqa: N818 (no error of the program)
 
 
 class Training:
-    """A run in progress: networks, optimiser, data and how far it has come."""
+    """A run in progress: networks, optimiser, data and how far it has come.
 
-    def __init__(self, config: Config, device: torch.device, data_dir: Path) -> None:
+    Several ranks have one each, alike in all but the noise and their part of each batch.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        data_dir: Path,
+        ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
+    ) -> None:
         self.config = config
         self.device = device
-        self.images = datasets.load(config.dataset, config.train_split, data_dir).to(device)
+        self.ranks = ranks
+        self.clock = Clock(ranks)
+        check_batch(config.batch_size, ranks)
         # The test set stays unseen where a validation set is kept for choosing by.
         held_out = "valid" if config.train_split == "train" else "test"
-        self.held_out = datasets.load(config.dataset, held_out, data_dir).to(device)
+        self.images, self.held_out = ranks.in_turns(
+            lambda: [
+                datasets.load(config.dataset, split, data_dir).to(device)
+                for split in (config.train_split, held_out)
+            ]
+        )
         self.batches = datasets.TrainingBatches(self.images, config.batch_size, config.seed)
         self.length = Length.of(config, self.batches.steps_per_epoch)
         _, height, width = self.images.shape
         top = math.prod(config.latent_sizes((height, width))[-1])
-        if config.batchnorm and config.batch_size * top == 1:
+        parts = 1 if config.sync_bn else ranks.size
+        if config.batchnorm and config.batch_size // parts * top == 1:
+            among = f" for {parts} processes" if parts > 1 else ""
             raise UserError(
-                "--batch-size is 1 and the top feature map 1x1, which leaves batch normalisation "
-                "nothing to average over; give a larger batch, or --no-bn"
+                f"--batch-size is {config.batch_size}{among} and the top feature map 1x1, which "
+                "leaves batch normalisation nothing to average over; give a larger one, or --no-bn"
             )
 
         torch.manual_seed(config.seed)
         model, guide = build_ladder(config, self.images.shape)
         elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
         self.loss_fn: Any = elbo(model, guide).to(device)
+        self.execution = Execution.choose(config.precision, config.compile, device)
+        self.execution.lay_out(self.loss_fn)
+        if config.sync_bn:
+            self.loss_fn = synchronised(self.loss_fn, ranks, device)
         optimizer = torch.optim.Adamax(
             [p for p in self.loss_fn.parameters() if p.requires_grad],
             lr=config.lr,
@@ -122,15 +158,23 @@ class Training:
             skip_norm=config.grad_skip,
             spike=config.grad_spike,
             average=self.average,
+            execution=self.execution,
+            recorded=device.type == "cuda" and ranks.size == 1,
         )
         self.step = 0
         self._minutes_before = 0.0
-        self._began = time.monotonic()
+        self._began = self.clock.now
+
+    @property
+    def place(self) -> str:
+        """Where it is trained, for reading."""
+        ranks = self.ranks.size
+        return f"{self.device}" if ranks == 1 else f"{ranks} x {self.device.type}"
 
     @property
     def minutes(self) -> float:
         """Time spent on the run, in this session and before it was resumed."""
-        return self._minutes_before + (time.monotonic() - self._began) / 60
+        return self._minutes_before + (self.clock.now - self._began) / 60
 
     @property
     def finished(self) -> bool:
@@ -154,18 +198,45 @@ class Training:
             with data_dependent_init(self.loss_fn):
                 self.loss_fn.guide(self.batches(0))
 
+    def make_ready(self) -> None:
+        """Compile the networks, and share each batch with the other ranks if there are any.
+
+        To be called on all, once the weights are those to go on from. A run that begins draws other
+        noise on each rank.
+        """
+        self.execution.compile_blocks(self.loss_fn)
+        if self.ranks.size == 1:
+            return
+        if self.step == 0:
+            seed_noise(self.ranks, self.config.seed, self.step)
+        self.svi.replicas = Replicas(self.loss_fn, self.ranks, self.device)
+        self.loss_fn.train()
+        self.svi.replicas.warm_up(self._batch())
+
     def take_step(self) -> None:
         """One step of training."""
         progress = self.length.progress(self.step, self.minutes)
-        for group in self.svi.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, progress)
-        self.svi.elbo.kl_weight = kl_weight(self.config, self.step)
-        self.svi.step(self.batches(self.step))
+        self.svi.schedule(
+            learning_rate(self.config, self.step, progress), kl_weight(self.config, self.step)
+        )
+        self.svi.step(self._batch())
         self.step += 1
 
-    def check_updates(self) -> None:
-        """Raise `Diverged` where too many updates in a row have been left out; waits for them."""
-        if self.svi.guard.longest_row >= SKIPPED_IN_A_ROW:
+    def _batch(self) -> Tensor:
+        """What this rank sees in the next step."""
+        if self.ranks.size == 1:
+            return self.batches(self.step)
+        return self.batches.part(self.step, self.ranks.rank, self.ranks.size)
+
+    def check_updates(self, *, wait: bool) -> None:
+        """Raise `Diverged` where too many updates in a row have been left out.
+
+        Without `wait` as far as it is known by now. Several ranks wait for all steps: they must
+        know the same.
+        """
+        guard = self.svi.guard
+        row = guard.longest_row if wait or self.ranks.size > 1 else guard.longest_row_seen()
+        if row >= SKIPPED_IN_A_ROW:
             raise Diverged
 
     def evaluated_module(self) -> nn.Module:
@@ -173,17 +244,14 @@ class Training:
         return self.loss_fn if self.average is None else self.average.module
 
     def state(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
+        """All that a resumed run needs; to be called on all ranks."""
         return {
             "weights": self.loss_fn.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.svi.optimizer.state_dict(),
+            "optimizer": self.svi.optimizer_state(),
             "minutes": self.minutes,
             "log": self.svi.state_dict(),
-            "cpu_random_state": torch.get_rng_state(),
-            "cuda_random_state": (
-                torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-            ),
+            **random_states(self.ranks, self.device),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -196,9 +264,7 @@ class Training:
                 self.average.load_state_dict(state["average"])
             self.svi.load_optimizer(state["optimizer"])
             self.svi.load_state_dict(state["log"])
-            torch.set_rng_state(state["cpu_random_state"].cpu())
-            if self.device.type == "cuda" and state["cuda_random_state"] is not None:
-                torch.cuda.set_rng_state(state["cuda_random_state"].cpu(), self.device)
+            restore_random_state(state, self.ranks, self.device, self.config.seed)
             self._minutes_before = float(state["minutes"])
             if not 0 <= self._minutes_before < math.inf:
                 raise ValueError(f"{state['minutes']} minutes")
@@ -210,7 +276,7 @@ class Training:
                 f"the checkpoint does not hold this run's state of training: {error!r}"
             ) from None
         self.step = state["step"]
-        self._began = time.monotonic()
+        self._began = self.clock.now
 
 
 class Logger:
@@ -248,7 +314,7 @@ class Logger:
         """Keep the progress bar up to date, twice a second at most."""
         self.monitor.advance()
         if self.monitor.shows_bar and time.monotonic() - self._shown > 0.5:
-            means = self.training.svi.peek()
+            means = self.training.svi.peek_behind()
             if means is not None:
                 self.monitor.show(
                     ELBO=self._shown_bound(-means.negative_elbo),
@@ -262,8 +328,8 @@ class Logger:
         rate = self._images_per_second()
         means = training.svi.read()
         values = {
-            "train/learning_rate": training.svi.optimizer.param_groups[0]["lr"],
-            "train/kl_weight": training.svi.elbo.kl_weight,
+            "train/learning_rate": training.svi.learning_rate,
+            "train/kl_weight": training.svi.kl_weight,
             "train/images_per_second": rate,
             "train/skipped_updates": training.svi.guard.skipped,
             "train/gradient_spikes": training.svi.guard.spikes,
@@ -306,11 +372,21 @@ class Logger:
         """
         began = time.monotonic()
         training, step = self.training, self.training.step
-        logged = self.monitor.logged(step)
+        logged = training.ranks.share(self.monitor.logged(step))
         if self.training.elbo_tag in logged:
             known = logged[self.training.elbo_tag]
             return math.nan if known is None else known
         bounds = self._bounds(len(training.held_out), 1, interruption)
+        elbo = bounds.elbo.mean().item()
+        if training.ranks.is_first:
+            self._evaluation_entry(bounds)
+        training.loss_fn.train()
+        self._since += time.monotonic() - began
+        return -elbo
+
+    def _evaluation_entry(self, bounds: Bounds) -> None:
+        """Log an evaluation with its pictures."""
+        step = self.training.step
         kl = bounds.kl.mean(0).tolist()
         elbo = bounds.elbo.mean().item()
         values = {
@@ -326,9 +402,6 @@ class Logger:
         self.monitor.say(
             f"step {step}: {self.split} ELBO {self._shown_bound(elbo)}, KL {sum(kl):.2f}"
         )
-        training.loss_fn.train()
-        self._since += time.monotonic() - began
-        return -elbo
 
     def bound(self, interruption: Interruption) -> None:
         """Log the importance-weighted bound of the held-out images, or of a random few.
@@ -337,7 +410,7 @@ class Logger:
         """
         began = time.monotonic()
         training, config = self.training, self.training.config
-        if self.training.bound_tag in self.monitor.logged(training.step):
+        if self.training.bound_tag in training.ranks.share(self.monitor.logged(training.step)):
             return
         count = config.ll_images or len(training.held_out)
         bounds = self._bounds(count, config.ll_samples, interruption)
@@ -367,7 +440,8 @@ class Logger:
             [samples],
             batch_size=config.test_batch_size,
             seed=config.seed,
-            on_images=interruption.check,
+            ranks=self.training.ranks,
+            on_images=interruption.on_images,
         )
 
     def _active_channels(self) -> list[float]:
@@ -421,21 +495,22 @@ class Keeper:
     """Writes a run's checkpoints. Without a run there are none.
 
     A disk that is full in the middle of training is told of in one line, and the next checkpoint
-    tries again.
+    tries again. Of several ranks the first has the run, and writes; all call the same methods.
     """
 
     def __init__(self, training: Training, run: Run | None, monitor: Monitor) -> None:
         self.training = training
         self.run = run
         self.monitor = monitor
+        self._keeps = training.ranks.share(run is not None)
         self._saved_step = training.step
-        self._tried = time.monotonic()
+        self._tried = training.clock.now
 
     @property
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""
         minutes = self.training.config.checkpoint_minutes
-        waited = (time.monotonic() - self._tried) / 60
+        waited = (self.training.clock.now - self._tried) / 60
         return is_due(self.training.step, self.training.config.ckpt_interv) or (
             0 < minutes <= waited
         )
@@ -445,26 +520,37 @@ class Keeper:
 
         Raises `UserError` where it is the final one and cannot be written.
         """
-        if self.run is None or self._saved_step == self.training.step:
+        step = self.training.step
+        if not self._keeps or self._saved_step == step:
             return
-        self._tried = time.monotonic()
+        self._tried = self.training.clock.now
+        problem = self.training.ranks.share(self._write(step, self.training.state()))
+        if problem is None:
+            self._saved_step = step
+        elif final:
+            raise UserError(problem)
+        else:
+            self.monitor.say(f"warning: no checkpoint of step {step}: {problem}")
+
+    def _write(self, step: int, state: dict[str, Any]) -> str | None:
+        """Write the state, if this is the first rank; returns why that failed, where it did."""
+        if self.run is None:
+            return None
         self.monitor.sync()  # the log goes at least as far as any checkpoint
         try:
-            self.run.save_checkpoint(self.training.step, self.training.state())
+            self.run.save_checkpoint(step, state)
         except UserError as error:
-            if final:
-                raise
-            self.monitor.say(f"warning: no checkpoint of step {self.training.step}: {error}")
-        else:
-            self._saved_step = self.training.step
+            return str(error)
+        return None
 
     def evaluated(self, negative_elbo: float) -> None:
         """Keep the present weights if they are the best so far, by the held-out images."""
         step = self.training.step
-        if self.run is None or not self.run.is_better(step, negative_elbo):
+        better = self.run is not None and self.run.is_better(step, negative_elbo)
+        if not self.training.ranks.share(better):
             return
         self.save()
-        if self._saved_step == step:
+        if self.run is not None and self._saved_step == step:
             try:
                 self.run.mark_best(step, negative_elbo)
             except UserError as error:
@@ -474,11 +560,13 @@ class Keeper:
 def run_training(training: Training, run: Run | None, interruption: Interruption) -> None:
     """Train until the bound of the run, or a signal; log, evaluate and write checkpoints.
 
+    Of several ranks only the first is given the run.
+
     Raises `Diverged` where updates were left out one after another.
     """
-    config = training.config
+    config, silent = training.config, not training.ranks.is_first
     folder = None if run is None else run.path
-    with Monitor(folder, training.step, training.length.steps) as monitor:
+    with Monitor(folder, training.step, training.length.steps, silent=silent) as monitor:
         logger, keeper = Logger(training, monitor), Keeper(training, run, monitor)
         if training.step == 0:
             monitor.configuration(config.to_dict(), training.elbo_tag)
@@ -490,12 +578,13 @@ def run_training(training: Training, run: Run | None, interruption: Interruption
                 evaluate_if_due(training, logger, keeper, interruption, finished)
             while not finished:
                 training.take_step()
+                interruption.agree()
                 finished = training.finished  # asked once: with --max-minutes it may change
                 logger.progress()
                 if is_due(training.step, config.tr_log_interv):
                     logger.training_entry()
                 if is_due(training.step, SKIPPED_IN_A_ROW) or finished:
-                    training.check_updates()
+                    training.check_updates(wait=finished)
                 if keeper.is_due or finished:
                     keeper.save()
                 interruption.check()
@@ -567,32 +656,52 @@ def default_folder(config: Config, preset: str | None) -> Path:
     return Path("runs") / "-".join(words)
 
 
-def resume(arguments: argparse.Namespace, device: torch.device) -> tuple[Training, Run]:
-    """The run to be resumed, from its newest checkpoint that is whole.
+def resume(
+    arguments: argparse.Namespace, path: Path, launch: Launch, device: torch.device, ranks: Ranks
+) -> tuple[Training, Run]:
+    """The run in `path`, from its newest checkpoint that is whole; the first rank reads it.
 
     A run that was ended before its first checkpoint begins again.
     """
-    stored = Run.open(arguments.resume)
-    run = replace(stored, config=resumed_config(stored.config, arguments))
-    run.best()  # refused now, rather than at the first evaluation, where it is damaged
-    state, damaged = run.newest_whole(device)
-    training = Training(run.config, device, arguments.data_dir)
+    found: tuple[Run, dict[str, Any] | None, list[Damaged]] | None = None
+    with ranks.together():
+        if ranks.is_first:
+            found = stored_run(arguments, path, device if ranks.size == 1 else torch.device("cpu"))
+    found = ranks.share(found)
+    assert found is not None
+    run, state, damaged = found
+    training = Training(run.config, device, arguments.data_dir, ranks)
     if state is None:
         training.initialise()
     else:
-        training.load_state(state)
-    if training.finished and is_evaluated(training, run):
-        raise UserError(
-            f"the run in {run.path} has come to its end at step {training.step}; "
-            "give it more --steps, --epochs or --max-minutes"
-        )
-    for problem in damaged:
-        print(f"warning: {problem}; goes on from step {training.step}", file=sys.stderr)
-    if state is None:
-        print(f"{run.path} has no checkpoint yet: begins again", file=sys.stderr)
-    remove_partial_files(run.path)
-    run.write_config()
+        with ranks.together():
+            training.load_state(state)
+    with ranks.together():
+        if ranks.is_first:
+            # An attempt of torchrun's may have come to the end before one of its processes died.
+            if training.finished and is_evaluated(training, run) and launch.attempt == 0:
+                raise UserError(
+                    f"the run in {run.path} has come to its end at step {training.step}; "
+                    "give it more --steps, --epochs or --max-minutes"
+                )
+            for problem in damaged:
+                print(f"warning: {problem}; goes on from step {training.step}", file=sys.stderr)
+            if state is None:
+                print(f"{run.path} has no checkpoint yet: begins again", file=sys.stderr)
+            remove_partial_files(run.path)
+            run.write_config()
     return training, run
+
+
+def stored_run(
+    arguments: argparse.Namespace, path: Path, device: torch.device
+) -> tuple[Run, dict[str, Any] | None, list[Damaged]]:
+    """A run, its newest state that is whole, and what is wrong with those after it."""
+    run = Run.open(path)
+    if arguments.resume is not None:
+        run = replace(run, config=resumed_config(run.config, arguments))
+    run.best()  # refused now, rather than at the first evaluation, where it is damaged
+    return run, *run.newest_whole(device)
 
 
 def is_evaluated(training: Training, run: Run) -> bool:
@@ -605,34 +714,99 @@ def is_evaluated(training: Training, run: Run) -> bool:
     return tags <= set().union(*logged)
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Training, Run | None]:
-    """The run that the command line asks for, new or resumed, ready to go."""
-    device = choose_device(arguments.device)
+def prepare(
+    arguments: argparse.Namespace,
+    ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
+) -> tuple[Training, Run | None]:
+    """The run that the command line asks for, new or resumed, ready to go.
+
+    Of several ranks the first gets the run.
+    """
+    launch = Launch.of_environment()
+    check_launch(arguments, launch, ranks)
+    with ranks.together():
+        device = choose_device(arguments.device, ranks.local_rank)
+    if device.type == "cuda" and ranks.size > 1:
+        torch.cuda.set_device(device)
+    training: Training
+    run: Run | None
     if arguments.resume is not None:
-        return resume(arguments, device)
+        training, run = resume(arguments, arguments.resume, launch, device, ranks)
+    elif ranks.share(is_begun(arguments, launch)):
+        training, run = resume(arguments, arguments.out, launch, device, ranks)
+    else:
+        training, run = begin(arguments, launch, device, ranks)
+    training.make_ready()
+    return training, run if ranks.is_first else None
+
+
+def begin(
+    arguments: argparse.Namespace, launch: Launch, device: torch.device, ranks: Ranks
+) -> tuple[Training, Run | None]:
+    """A new run."""
     config = config_from(arguments)
-    training = Training(config, device, arguments.data_dir)
+    training = Training(config, device, arguments.data_dir, ranks)
     training.initialise()
-    if arguments.dry_run:
-        return training, None
-    path = arguments.out or default_folder(config, arguments.preset)
-    return training, Run.create(path, config, training.images.shape, provenance(device))
+    run = None
+    with ranks.together():
+        if ranks.is_first and not arguments.dry_run:
+            path = arguments.out or default_folder(config, arguments.preset)
+            origin = provenance(device, ranks.size) | launch.provenance()
+            run = Run.create(path, config, training.images.shape, origin)
+    return training, run
+
+
+def check_launch(arguments: argparse.Namespace, launch: Launch, ranks: Ranks) -> None:
+    """Raise `UserError` for options that do not suit how the ranks were started."""
+    if launch.attempts > 1 and not (arguments.out or arguments.resume or arguments.dry_run):
+        raise UserError("torchrun's --max-restarts needs a run folder to go on in: give --out RUN")
+    if ranks.size == 1 and getattr(arguments, "sync_bn", False):
+        raise UserError(
+            "--sync-bn is for several processes and this is one: leave it out, or start them by "
+            "torchrun --nproc-per-node N"
+        )
+    if ranks.size > 1 and arguments.device.startswith("cuda:"):
+        raise UserError(
+            f"--device is {arguments.device} for {ranks.size} processes, which need a GPU each: "
+            "give --device cuda, and choose by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def is_begun(arguments: argparse.Namespace, launch: Launch) -> bool:
+    """Whether an earlier attempt of this launch began the run in --out."""
+    if launch.attempt == 0 or arguments.out is None or arguments.dry_run:
+        return False
+    try:
+        origin = Run.open(arguments.out).provenance
+    except UserError:
+        return False
+    return origin.get("launch") == launch.name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code."""
-    arguments = parse_arguments(argv)
     keep_freed_memory()
-    with pyro.validation_enabled(False):
-        training, run = prepare(arguments)
+    with joined_ranks("; --resume goes on from the newest checkpoint") as ranks:
+        arguments = parse_arguments(argv)
+        with pyro.validation_enabled(False):
+            return train(arguments, ranks)
+
+
+def train(arguments: argparse.Namespace, ranks: Ranks) -> int:
+    """Train as one of the ranks; returns the exit code."""
+    training, run = prepare(arguments, ranks)
+    if ranks.is_first:
         describe(training, run)
-        with Interruption() as interruption:
-            try:
-                run_training(training, run, interruption)
-            except Diverged:
+    code = 0
+    with Interruption(training.clock.agree if ranks.size > 1 else None) as interruption:
+        try:
+            run_training(training, run, interruption)
+        except Diverged:
+            code = 1
+            if ranks.is_first:
                 print(f"error: {advice(training, run)}", file=sys.stderr)
-                return 1
-    return 0 if interruption.signal is None else 128 + interruption.signal
+        ranks.collect(None)  # torchrun ends all as soon as one has ended with another code than 0
+    return code if interruption.signal is None else 128 + interruption.signal
 
 
 def advice(training: Training, run: Run | None) -> str:
@@ -651,7 +825,7 @@ def describe(training: Training, run: Run | None) -> None:
     config, length = training.config, training.length
     parameters = count_parameters(training.loss_fn)
     print(
-        f"{len(config.z_dims)} layers, {parameters:,} parameters, on {training.device}; "
+        f"{len(config.z_dims)} layers, {parameters:,} parameters, on {training.place}; "
         f"{len(training.images):,} images of {config.dataset} ({config.train_split})"
     )
     if length.steps is None and length.minutes is None:

@@ -3,7 +3,8 @@
     python -m benchmarks.durability [--kills 20] [--seed 0]
 
 Trains a tiny ladder in a process that is killed again and again at random moments and resumed each
-time; what comes out must be, to the bit, what an undisturbed run gives. Checkpoints are damaged at
+time; what comes out must be, to the bit, what an undisturbed run gives. The same with two processes
+that share each batch, of which one is killed, and the other ends. Checkpoints are damaged at
 random places, and must be refused. With the right to mount one, a run is trained on a small file
 system that fills up and is cleared again. Runs the tests with made-up input, and counts their
 cases. Writes results/durability.json.
@@ -15,12 +16,13 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +63,16 @@ def import_once() -> None:
         importlib.import_module(name)
 
 
-def start(arguments: Sequence[object], log: Path) -> int:
+def start(
+    arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None
+) -> int:
     """Train in a process of its own, forked off this one; returns its number."""
     process = os.fork()
     if process:
         return process
     code = 99
     try:
+        os.environ.update(environment or {})
         with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -79,13 +84,35 @@ def start(arguments: Sequence[object], log: Path) -> int:
         os._exit(code)
 
 
+def rank_environments(count: int) -> list[dict[str, str]]:
+    """As torchrun sets them for its processes on one machine; nothing for a process on its own."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    return [same | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def start_ranks(count: int, arguments: Sequence[object], log: Path) -> list[int]:
+    """Train in several processes that share each batch; returns their numbers by rank."""
+    return [start(arguments, log, environment) for environment in rank_environments(count)]
+
+
 def finish(process: int) -> int:
     """Wait for a process; returns its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def end_at_random(process: int, folder: Path, number: signal.Signals, rng: random.Random) -> int:
-    """Send a signal after some log entries and milliseconds more; returns the exit code."""
+def end_at_random(
+    processes: Sequence[int], folder: Path, number: signal.Signals, rng: random.Random
+) -> int:
+    """Send one of them a signal after some log entries and milliseconds more.
+
+    Returns its exit code, once all of them have ended.
+    """
+    process = rng.choice(processes)
     wanted = size(folder / "metrics.jsonl") + rng.choice([0, 0, 1, 300, 600, 1200])
     while size(folder / "metrics.jsonl") < wanted:
         if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -93,15 +120,24 @@ def end_at_random(process: int, folder: Path, number: signal.Signals, rng: rando
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
     os.kill(process, number)  # the process is there until it is waited for
-    return finish(process)
+    code = finish(process)
+    for other in processes:
+        if other != process:
+            os.kill(other, signal.SIGTERM)  # as torchrun does
+            finish(other)
+    return code
 
 
 def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def survive(folder: Path, kills: int, number: signal.Signals, seed: int) -> Survival:
+def survive(
+    folder: Path, kills: int, number: signal.Signals, seed: int, ranks: int = 1
+) -> Survival:
     """Train one run undisturbed, and one that `number` ends `kills` times; compare them.
+
+    Of several ranks a random one gets the signal.
 
     Raises `UserError` where the run did not go on.
     """
@@ -109,18 +145,19 @@ def survive(folder: Path, kills: int, number: signal.Signals, seed: int) -> Surv
     steps = ["--steps", 8 * kills + 10]
     log = folder / "log"
     undisturbed, disturbed = folder / "undisturbed", folder / "disturbed"
-    if finish(start([*LADDER, *steps, "--out", undisturbed], log)):
+    if any(map(finish, start_ranks(ranks, [*LADDER, *steps, "--out", undisturbed], log))):
         raise UserError(f"the undisturbed run failed; see {log}")
     ended = 0
     while ended < kills:
         begun = (disturbed / "config.json").exists()
         how = ["--resume", disturbed, "--device", "cpu"] if begun else [*LADDER, *steps]
-        process = start(how if begun else [*how, "--out", disturbed], log)
-        code = end_at_random(process, disturbed, number, rng)
+        processes = start_ranks(ranks, how if begun else [*how, "--out", disturbed], log)
+        code = end_at_random(processes, disturbed, number, rng)
         if code not in (-number, 128 + number):
             raise UserError(f"a run ended with code {code} before it was ended; see {log}")
         ended += 1
-    if code := finish(start(["--resume", disturbed, "--device", "cpu"], log)):
+    resumed = start_ranks(ranks, ["--resume", disturbed, "--device", "cpu"], log)
+    if code := max(map(finish, resumed), key=abs):
         raise UserError(f"the resumed run ended with code {code}; see {log}")
     return Survival(ended, differences(undisturbed, disturbed))
 
@@ -275,14 +312,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"seed": arguments.seed}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number in (signal.SIGKILL, signal.SIGTERM):
-            (folder / number.name).mkdir()
-            found = survive(folder / number.name, arguments.kills, number, arguments.seed)
-            result[number.name] = {"survived": found.ended, "differences": found.differences}
-            print(
-                f"{number.name}: ended {found.ended} times; differs in {found.differences}",
-                flush=True,
-            )
+        for ranks in (1, 2):
+            for number in (signal.SIGKILL, signal.SIGTERM):
+                kind = number.name if ranks == 1 else f"{number.name}_of_one_of_{ranks}"
+                (folder / kind).mkdir()
+                found = survive(folder / kind, arguments.kills, number, arguments.seed, ranks)
+                result[kind] = {"survived": found.ended, "differences": found.differences}
+                print(
+                    f"{kind}: ended {found.ended} times; differs in {found.differences}",
+                    flush=True,
+                )
         run = Run.open(folder / signal.SIGKILL.name / "disturbed")
         newest = run.checkpoint_path(run.checkpoint_steps()[-1])
         refused, count = damaged_refused(newest, 500, arguments.seed)

@@ -43,15 +43,29 @@ class TrainingBatches:
 
     def __call__(self, step: int) -> Tensor:
         """The batch of ``step``, counted from 0 over all epochs."""
+        return self.part(step, 0, 1)
+
+    def part(self, step: int, number: int, parts: int) -> Tensor:
+        """One of equal ``parts`` of the batch of ``step``, by its ``number`` from 0."""
+        index = self._index(step)
+        size = self.batch_size // parts
+        chosen = slice(number * size, (number + 1) * size)
+        self._generator.manual_seed(draws.torch_seed(self.seed, _NOISE, step))
+        if self.images.is_noisy:  # the noise of the whole batch is drawn, and that of the part kept
+            return self.images.batch(index, self._generator)[chosen]
+        return self.images.batch(index[chosen], self._generator)
+
+    def _index(self, step: int) -> Tensor:
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._order = self._shuffle(epoch)
             self._epoch = epoch
         start = position * self.batch_size
-        self._generator.manual_seed(draws.torch_seed(self.seed, _NOISE, step))
-        return self.images.batch(self._order[start : start + self.batch_size], self._generator)
+        return self._order[start : start + self.batch_size]
 
     def _shuffle(self, epoch: int) -> Tensor:
         # Kept there for the whole epoch, so that a step costs one slice of it.
-        order = draws.permutation(len(self.images), self.seed, _ORDER, epoch)
-        return torch.from_numpy(order).to(self.images.index_device)
+        order = torch.from_numpy(draws.permutation(len(self.images), self.seed, _ORDER, epoch))
+        if self.images.index_device.type == "cuda":
+            order = order.pin_memory()  # without which the copy would halt the GPU's queue
+        return order.to(self.images.index_device, non_blocking=True)

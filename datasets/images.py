@@ -18,7 +18,10 @@ class ImageSet(ABC):
         name: the data set's name.
         split: the split's name.
         shape: (C, H, W) of one image.
+        is_noisy: whether images are drawn anew at each reading.
     """
+
+    is_noisy = False
 
     def __init__(self, name: str, split: str, shape: Shape, stored: Tensor) -> None:
         self.name = name
@@ -85,6 +88,8 @@ class DynamicallyBinarizedImages(ImageSet):
     drawing anew in training is Burda et al., "Importance weighted autoencoders", ICLR 2016.
     ``stored`` is uint8 (N, C, H, W).
     """
+
+    is_noisy = True
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(self._stored[index].float() / 255, generator=generator)

@@ -91,14 +91,17 @@ def hour_table() -> str:
 
 
 def _bounds_table(metrics: dict[str, Any]) -> str:
-    """One run's bounds, and where they come from."""
+    """One run's bounds, whether they can be trusted, and where they come from."""
     rows = [["ELBO", _with_error(metrics, "elbo"), f"{metrics['bits_per_dim']['elbo']:.3f}"]]
     for k in metrics["iw"]:
         bits = f"{metrics['bits_per_dim'][k]:.3f}"
         rows.append([f"{k} importance sample{'s' * (k != '1')}", _with_error(metrics, k), bits])
     images = f"{metrics['n_images']:,} test images"
     table = markdown([f"negative bound, {images}", "nats", "bits/dim"], rows)
-    return f"{table}\n\nObtained on {comparison.origin(metrics)}."
+    notes = [f"Obtained on {comparison.origin(metrics)}."]
+    if warning := metrics.get("warning"):
+        notes.insert(0, f"{warning[0].upper()}{warning[1:]}.")
+    return "\n\n".join([table, *notes])
 
 
 def presets_table() -> str:
@@ -246,7 +249,77 @@ def fast_paths_table() -> str:
     return f"{markdown(header, rows)}\n\nObtained on {_origins(cases)}."
 
 
+def durability_table() -> str:
+    """What training survived in benchmarks/durability.py."""
+    measured = read("durability.json")
+    killed = {
+        "SIGKILL": "SIGKILL at random moments, resumed each time",
+        "SIGTERM": "SIGTERM at random moments, resumed each time",
+        "SIGKILL_of_one_of_2": "SIGKILL of one of two processes that share each batch",
+        "SIGTERM_of_one_of_2": "SIGTERM of one of two processes that share each batch",
+    }
+    rows = []
+    for name, what in killed.items():
+        if name in measured:
+            found = measured[name]
+            differences = ", ".join(found["differences"]) or "none"
+            rows.append([what, f"{found['survived']}", f"differences in the end: {differences}"])
+    damaged, full = measured["damaged_checkpoints"], measured["full_disk"]
+    rows.append(["damaged checkpoints", str(damaged["of"]), f"{damaged['refused']} refused"])
+    if full is not None:
+        differences = ", ".join(full["differences"]) or "none"
+        rows.append(["disk full in the middle", "1", f"differences in the end: {differences}"])
+    cases = sum(measured["made_up_cases"].values())
+    rows.append(["made-up input", f"{cases:,}", "taken or refused in one line, all of it"])
+    origin = measured["provenance"]
+    note = f"Obtained on {origin['machine']}, commit {origin['commit']}."
+    return f"{markdown(['what', 'how often', 'outcome'], rows)}\n\n{note}"
+
+
+def parallel_table() -> str:
+    """Throughput by number of processes, as benchmarks/parallel.py measured it."""
+    measured = read("benchmarks/parallel.json")
+    rows = []
+    for preset, found in measured["throughput"].items():
+        one, two = (found["images_per_second"][n] for n in "12")
+        apart = measured["batch_norm"][preset]
+        row = [f"`{preset}`", str(found["batch_size"]), f"{one:,.0f}", f"{two:,.0f}"]
+        row.append(f"{two / one:.2f}")
+        rows.append([*row, *(f"{apart[n]['gradient']:.1%}" for n in ("2", "8"))])
+    header = ["preset", "batch", "1 process, 2 threads", "2 processes, 1 thread each", "ratio"]
+    header += [f"gradient apart, {n} parts" for n in (2, 8)]
+    origin = measured["provenance"]
+    steps = measured["repeats"] * measured["steps"]
+    note = f"Medians of {steps} steps on {origin['machine']} in all, commit {origin['commit']}."
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def communication_table() -> str:
+    """What ranks exchange at each step beside what they compute, as counted."""
+    measured = read("benchmarks/parallel.json")
+    rates = measured["assumed"]["bytes_per_second"]
+    speed = measured["assumed"]["multiply_adds_per_second"]
+    rows = []
+    for preset, found in measured["counted"].items():
+        size = found["gradient_bytes"]
+        work = found["forward_multiply_adds"] + found["backward_multiply_adds"]
+        row = [f"`{preset}`", f"{size / 1e6:.1f} MB", f"{2 * 7 / 8 * size / 1e6:.1f} MB"]
+        row.append(f"{work / 1e9:.2f} G")
+        # Images whose computation takes as long as the exchange among many: 2 (N - 1) / N -> 2.
+        even = [2 * size / rate / (work / speed) for rate in rates.values()]
+        rows.append(
+            [*row, *(f"{images:.2g}" if images < 10 else f"{images:.0f}" for images in even)]
+        )
+    header = ["preset", "gradients", "sent by each of 8", "multiply-adds of an image"]
+    note = f"Counted by commit {measured['provenance']['commit']}."
+    header += [f"even at, {name}" for name in rates]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "durability": durability_table,
+    "parallel": parallel_table,
+    "communication": communication_table,
     "presets": presets_table,
     "likelihood": likelihood_table,
     "learning": learning_table,

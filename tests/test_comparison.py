@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from comparison import Scored, columns, compare, markdown
+from comparison import (
+    Scored,
+    columns,
+    compare,
+    evaluation_folder,
+    evaluation_folders,
+    markdown,
+)
 from errors import UserError
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -189,6 +196,23 @@ def test_the_newest_evaluation_counts() -> None:
     assert Scored.read(Path("run")).bound("elbo") == 1000.0
     assert Scored.read(Path("run/eval/900")).bound("elbo") == 900.0
     assert Scored.read(Path("run/eval/900/metrics.json")).name == "run/eval/900/metrics.json"
+
+
+def test_each_split_has_an_evaluation_of_its_own() -> None:
+    """The newest by its step counts, whatever its split; of one step, that of the test set."""
+    run = Path("run")
+    for step, split, elbo in ((900, "test", 4.0), (1000, "valid", 3.0), (1000, "train+valid", 2.0)):
+        file = evaluation_folder(run, step, split) / "metrics.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(figures(elbo, step=step, split=split)))
+    assert [folder.name for folder in evaluation_folders(run)] == [
+        *("900", "1000-train+valid", "1000-valid")
+    ]
+    assert Scored.read(run).bound("elbo") == 3.0
+    evaluated(run, figures(5.0, step=1000), 1000)
+    shutil.copytree(run / "eval" / "1000", run / "eval" / "1000-test")  # no name of ours
+    assert [folder.name for folder in evaluation_folders(run)][-2:] == ["1000-valid", "1000"]
+    assert Scored.read(run).bound("elbo") == 5.0
 
 
 def test_old_figures_are_understood() -> None:

@@ -18,7 +18,10 @@ from torch.testing import assert_close
 import datasets
 import evaluate
 import train_svi
+from checkpoint import read_checkpoint, write_checkpoint
+from datasets.images import DynamicallyBinarizedImages
 from elbo import FreeBitsELBO
+from errors import UserError
 from tests.commands import Result, content, refusal, run, words
 
 PICTURES = [
@@ -126,6 +129,64 @@ def test_a_folder_may_be_given(run_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "there" / "metrics.json").exists()
 
 
+def test_another_split_leaves_the_test_set_s_figures(run_folder: Path) -> None:
+    before = content(run_folder / "eval" / "4")
+    assert evaluated(run_folder, *words("--samples 1 30 --limit 40 --split valid")).code == 0
+    assert content(run_folder / "eval" / "4") == before
+    found, other = (
+        json.loads((run_folder / "eval" / name / "metrics.json").read_text())
+        for name in ("4-valid", "4")
+    )
+    assert (found["split"], found["n_images"]) == ("valid", 40)
+    assert found["elbo"] != other["elbo"]  # from the same noise
+    assert (
+        evaluated(run_folder, *words("--inpaint left --limit 1 --sweeps 2 --split valid")).code == 0
+    )
+    report = (run_folder / "eval" / "4-valid" / "report.html").read_text()
+    assert "40 valid images of digits" in report
+    assert 'alt="Completions"' in report
+
+
+def test_no_picture_of_the_figures_before_is_left(run_folder: Path) -> None:
+    """With too few samples for a k-hat there is no chart of it, nor one of other samples."""
+    assert evaluated(run_folder, *words("--samples 1 4 --limit 40")).code == 0
+    folder = run_folder / "eval" / "4"
+    assert {path.stem for path in folder.glob("*.png")} == set(PICTURES) - {"pareto_k"}
+    assert "k-hat" not in (folder / "report.html").read_text()
+
+
+def test_all_noise_is_of_the_seed(run_folder: Path) -> None:
+    """Another one gives other figures and other pictures of the same model."""
+    before = content(run_folder / "eval" / "4")
+    assert evaluated(run_folder, *words("--samples 1 30 --limit 40 --seed 1")).code == 0
+    after = content(run_folder / "eval" / "4")
+    assert {name for name in before if before[name] == after[name]} == set()
+
+
+def test_the_average_of_the_weights_is_scored_unless_told(run_folder: Path) -> None:
+    """Where the checkpoint has one, here that of other weights."""
+    path = run_folder / "checkpoints" / "4.pt"
+    state = read_checkpoint(path, torch.device("cpu"))
+    moved = {name: value + 0.1 for name, value in state["weights"].items()}
+    found = []
+    for last, average in ((moved, None), (state["weights"], {"weights": moved})):
+        write_checkpoint(path, state | {"weights": last, "average": average})
+        assert evaluated(run_folder, *words("--samples 1 --limit 9")).code == 0
+        found.append(json.loads((run_folder / "eval" / "4" / "metrics.json").read_text()))
+    assert [figures["weights"] for figures in found] == ["last", "average"]
+    assert found[0]["elbo"] == found[1]["elbo"]
+
+
+def test_weights_that_are_not_finite_are_refused(run_folder: Path) -> None:
+    path = run_folder / "checkpoints" / "4.pt"
+    state = read_checkpoint(path, torch.device("cpu"))
+    next(iter(state["average"]["weights"].values())).view(-1)[0] = torch.nan
+    write_checkpoint(path, state)
+    line = refusal(evaluate.main, run_folder, *words("--samples 1 --device cpu"))
+    assert "the weights of step 4 are not all finite" in line
+    assert "--checkpoint" in line
+
+
 def test_too_little_memory_is_told(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -159,15 +220,40 @@ def test_completions_keep_what_is_known(run_folder: Path) -> None:
     assert base64.b64encode(picture).decode() in (folder / "report.html").read_text()
 
 
+def test_images_drawn_anew_are_the_same_ones_to_complete(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grey = torch.randint(1, 255, (5, 1, 8, 8), dtype=torch.uint8)
+    images = DynamicallyBinarizedImages("digits", "train", (1, 8, 8), grey)
+    monkeypatch.setattr(datasets, "load", lambda *arguments: images)
+    known = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        assert evaluated(run_folder, *words("--inpaint left --sweeps 2 --chains 1")).code == 0
+        with np.load(run_folder / "eval" / "4" / "inpainting.npz", allow_pickle=False) as arrays:
+            known.append(arrays["completions"][..., 4:])
+    assert (known[0] == known[1]).all()
+
+
 def test_a_mask_may_be_a_picture(run_folder: Path, tmp_path: Path) -> None:
     mask = np.zeros((8, 8), np.uint8)
     mask[2:5, 3] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    result = evaluated(run_folder, *words("--inpaint mask.png --limit 1 --sweeps 2"))
-    assert "1 test images, 3 of 64 pixels completed by 6 chains of 2 sweeps" in result.out
+    result = evaluated(run_folder, *words("--inpaint mask.png --sweeps 2"))
+    assert "8 test images, 3 of 64 pixels completed by 6 chains of 2 sweeps" in result.out
 
 
 # --- Scores of other images ---
+
+
+@pytest.mark.parametrize(("depth", "expected"), [(1, []), (2, [1]), (3, [1]), (12, [6])])
+def test_half_of_the_layers_are_drawn_from_their_priors(depth: int, expected: list[int]) -> None:
+    assert evaluate.prior_layers(None, depth) == expected
+    if depth > 2:
+        assert evaluate.prior_layers([2, 1], depth) == [2, 1]
+    reason = "has but one" if depth == 1 else f"from 1 to {depth - 1}"
+    with pytest.raises(UserError, match=reason):
+        evaluate.prior_layers([depth], depth)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -239,6 +325,10 @@ def test_runs_are_compared(run_folder: Path, trained: Path, tmp_path: Path) -> N
         ("--temperature 1 1 1", ["3 temperatures", "2 layers"]),
         ("--temperature nan", ["temperature is nan"]),
         ("--inpaint middle", ["no mask middle", "left", "centre", "image file"]),
+        ("--inpaint=", ["--inpaint is empty", "give a mask"]),
+        ("--score=", ["--score is empty", "give a data set or a folder"]),
+        ("--score digits --against=", ["--against is empty"]),
+        ("--inpaint left --out text.png", ["cannot write text.png", "File exists"]),
         ("--inpaint wide.png", ["wide.png", "9 wide and 8 high", "8 wide and 8 high"]),
         ("--inpaint white.png", ["masks every pixel"]),
         ("--inpaint black.png", ["masks no pixel"]),
@@ -256,7 +346,9 @@ def test_runs_are_compared(run_folder: Path, trained: Path, tmp_path: Path) -> N
         ("--score digits --inpaint left", ["--inpaint and --score", "one"]),
         ("--score digits --against digits", ["both sets are called digits"]),
         ("--score nowhere", ["no folder nowhere"]),
+        ("--score cifar10", ["of images (1, 8, 8), cifar10 has (3, 32, 32)"]),
         ("--score empty", ["empty holds no image"]),
+        ("--score large --split test", ["--split does nothing with images of a folder"]),
         ("--score large", ["large/00.png is 9 wide and 8 high", "8 wide and 8 high"]),
         ("--score grey", ["grey/", "between black (0) and white (255)", "binarize"]),
         ("--score digits --against large", ["large/00.png"]),

@@ -30,7 +30,9 @@ from checkpoint import FORMAT, Run, read_checkpoint, write_checkpoint
 from config import Config, flag_names
 from datasets import celeba, digits
 from datasets.cache import Contents, load_arrays
+from datasets.folder import load_folder
 from errors import UserError, run_command
+from inpainting import read_mask
 from monitor import read_entries
 
 CPU = torch.device("cpu")
@@ -254,7 +256,10 @@ def test_states(
     original = read_checkpoint(path, CPU)
     inner = [(k, i) for k in ("optimizer", "log", "average") for i in original[k]]
     guard = [("log", "guard", name) for name in original["log"]["guard"]]
-    places = st.sampled_from([*((k,) for k in original), *inner, *guard])
+    # Of each rank where there are several.
+    several = [("ranks",), ("ranks", 0, "cpu_random_state")]
+    original["ranks"] = [{k: original[k] for k in ("cpu_random_state", "cuda_random_state")}]
+    places = st.sampled_from([*((k,) for k in original), *inner, *guard, *several])
     tensors = st.sampled_from([torch.zeros(2), torch.tensor(1), torch.zeros(0), torch.ones(3, 2)])
     run = Run.open(trained)
     options = ["--resume", str(trained), "--device", "cpu", "--steps", "9"]
@@ -379,3 +384,27 @@ def test_images(tmp_path: Path, record_property: Callable[[str, object], None]) 
         assert image.shape == (64, 64, 3)
 
     fuzz(st.one_of(*map(damaged, kinds)), check, record_property, 200)
+
+
+def test_masks_and_pictures_to_score(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Bytes of a mask's file, and of a picture in a folder."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    path = folder / "1.png"
+    kinds = []
+    for name in ("png", "gif", "bmp", "tiff", "jpeg", "webp"):
+        buffer = io.BytesIO()
+        half = np.arange(80).reshape(8, 10).astype(np.uint8) // 40 * 255
+        Image.fromarray(half).save(buffer, format=name)
+        kinds.append(buffer.getvalue())
+
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        mask = read_mask(str(path), (8, 10))
+        assert 0 < mask.sum() < 80
+        images, names = load_folder(folder, (1, 8, 10), binary=True)
+        assert (len(images), names) == (1, ["1.png"])
+
+    fuzz(st.one_of(*map(st.just, kinds), *map(damaged, kinds)), check, record_property, 200)

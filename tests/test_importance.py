@@ -16,7 +16,7 @@ from config import Config
 from datasets import ImageSet
 from datasets.images import DynamicallyBinarizedImages, PackedImages
 from draws import torch_seed
-from elbo import FreeBitsELBO
+from elbo import FreeBitsELBO, Terms
 from guide import build_ladder
 from importance import (
     Blocks,
@@ -127,6 +127,29 @@ def test_bounds_by_hand(
     assert_close(bounds.log_likelihood, torch.cat(log_likelihood), rtol=1e-5, atol=1e-5)
     assert_close(bounds.kl, torch.cat(kl), rtol=1e-4, atol=1e-5)
     assert {t.dtype for t in all_tensors(bounds)} == {torch.float64}
+
+
+def test_sums_over_samples_are_of_double_precision(
+    ladder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of log-weights as large as those of colour images, where single precision has 1e-3 nats."""
+    log_likelihood = 3 * torch.randn(600) - 7000
+    kl = 5 + torch.rand(600, 2)
+    done = iter(range(0, 600, 50))
+
+    def terms(*arguments: Any, **options: Any) -> Terms:
+        part = slice(first := next(done), first + 50)
+        return Terms(log_likelihood[part], kl[part])
+
+    monkeypatch.setattr(FreeBitsELBO, "compute_terms", terms)
+    bounds = bounds_of(ladder, made_images(1), [7, 600], batch_size=50)
+    log_w = log_likelihood.double() - kl.double().sum(1)
+    exact: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
+    for k, bound in bounds.importance_weighted.items():
+        assert_close(bound, (log_w[:k].logsumexp(0) - math.log(k)).view(1), **exact)
+    assert_close(bounds.elbo, log_w.mean().view(1), **exact)
+    assert_close(bounds.log_likelihood, log_likelihood.double().mean().view(1), **exact)
+    assert_close(bounds.kl, kl.double().mean(0).view(1, 2), **exact)
 
 
 def test_every_smaller_k_comes_out_of_the_same_pass(ladder: tuple[Any, Any]) -> None:

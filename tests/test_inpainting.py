@@ -255,6 +255,13 @@ def test_chains_go_through_in_batches(make_pair: MakePair, x: Tensor) -> None:
     assert torch.equal(known, x[:, None][..., ~MISSING].expand_as(known))
 
 
+def test_each_batch_has_noise_of_its_own(make_pair: MakePair, x: Tensor) -> None:
+    """Chains that complete the same image one at a time end differently."""
+    model, guide = make_pair()
+    found = complete((model.eval(), guide.eval()), x[:1], MISSING, chains=4, batch_size=1)
+    assert len(torch.unique(found.images[0], dim=0)) == 4
+
+
 def test_the_warm_up_accepts_all(scalar_ladder: tuple[Any, Any]) -> None:
     """In a sweep of the warm-up only one pass of the guide is made: there is nothing to compare."""
     model, _ = scalar_ladder

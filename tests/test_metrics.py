@@ -104,19 +104,32 @@ def test_one_image_has_no_standard_error() -> None:
 def test_a_few_unreliable_images_are_no_reason_to_warn(above: int, of: int) -> None:
     k_hat = torch.full((of,), 0.7, dtype=torch.float64)
     k_hat[:above] = 0.8
-    assert warning(made_bounds(pareto_k=k_hat), 100) is None
+    assert warning(made_bounds(pareto_k=k_hat), 4) is None
 
 
 @pytest.mark.parametrize(("above", "of", "share"), [(2, 20, "10%"), (6, 100, "6%"), (3, 3, "100%")])
 def test_more_unreliable_images_are_told(above: int, of: int, share: str) -> None:
     k_hat = torch.full((of,), -math.inf, dtype=torch.float64)
     k_hat[:above] = 0.71
-    found = warning(made_bounds(pareto_k=k_hat), 1000)
+    bounds = made_bounds(importance_weighted={1000: doubles(-3, -5, -7)}, pareto_k=k_hat)
+    found = warning(bounds, 1000)
     assert found is not None
     for part in ("1,000 samples", "lower bound", f"for {share} of the images", "k-hat above 0.7"):
         assert part in found
     assert "\n" not in found
     assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE)["warning"] is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_bound_that_is_not_finite_is_told(value: float) -> None:
+    """Its k-hat, which is none, would say nothing."""
+    bounds = made_bounds(
+        importance_weighted={4: doubles(-3, value, -5)}, pareto_k=doubles(0.1, math.nan, 0.1)
+    )
+    assert warning(bounds, 4) == (
+        "the bound with 4 samples is not finite for 1 of 3 images: the model's weights may have "
+        "diverged, use an earlier checkpoint"
+    )
 
 
 def test_too_few_samples_can_tell_nothing() -> None:

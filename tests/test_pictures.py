@@ -311,21 +311,6 @@ def test_roc_curves_have_their_areas_in_the_legend(drawn: Callable[..., Any]) ->
     ]
 
 
-def test_sets_of_scores_are_drawn_as_shares(drawn: Callable[..., Any]) -> None:
-    """Each set's bars sum to one, in the same bins."""
-    axes = drawn(
-        plots.draw_scores,
-        {"known": np.arange(100.0), "new": np.arange(50.0, 70.0)},
-        title="Scores",
-        x_label="nats",
-    )
-    known, new = axes.patches[:40], axes.patches[40:]
-    for bars in (known, new):
-        assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
-    assert [bar.get_x() for bar in known] == [bar.get_x() for bar in new]
-    assert texts(axes.get_legend().get_texts()) == ["known (100)", "new (20)"]
-
-
 # --- Files ---
 
 SIZES = [(4, 4), (2, 2)]
@@ -342,9 +327,6 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "bound": lambda path: plots.draw_bound(path, [1, 10], [2.0, 1.0], [0.1, 0.1]),
     "pareto_k": lambda path: plots.draw_pareto_k(path, [0.1, 0.8]),
     "roc": lambda path: plots.draw_roc(path, {"a": ([0, 1], [0, 1], 0.5)}, title="t"),
-    "scores": lambda path: plots.draw_scores(
-        path, {"a": [0.0, 1.0], "b": [1.0]}, title="t", x_label="nats"
-    ),
 }
 
 

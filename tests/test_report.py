@@ -329,21 +329,25 @@ def test_a_run_in_progress(run: Run) -> None:
 
 
 def test_evaluations_of_a_run(run: Run) -> None:
-    for step, elbo in ((900, 82.0), (1000, 81.5)):
-        folder = run.path / "eval" / str(step)
+    """By step, those of other splits before the test set's."""
+    for step, split, elbo in ((900, "test", 82.0), (1000, "valid", 80.0), (1000, "test", 81.5)):
+        folder = comparison.evaluation_folder(run.path, step, split)
         folder.mkdir(parents=True)
-        content = results(step=step, elbo=elbo, limit=None)
+        content = results(step=step, split=split, elbo=elbo, limit=None)
         (folder / "metrics.json").write_text(json.dumps(content))
     evaluation_report(folder, run, content, [])
     parsed = read(training_report(run))
-    header = ["step", "weights", "data", "ELBO", "1 sample", "1,000 samples", "KL", "report"]
+    header = ["step", "weights", "data", "ELBO", "1 sample", "1,000 samples", "KL"]
     start = parsed.rows.index(header)
     same = ["82.00 ± 0.25", "79.46", "25.00"]
-    assert parsed.rows[start + 1 : start + 3] == [
-        ["900", "average", "static_mnist", "82.00 ± 0.25", *same, ""],
-        ["1,000", "average", "static_mnist", "81.50 ± 0.25", *same, "open"],
+    assert parsed.rows[start + 1 : start + 4] == [
+        ["900", "average", "static_mnist", "82.00 ± 0.25", *same],
+        ["1,000", "average", "static_mnist, valid", "80.00 ± 0.25", *same],
+        ["1,000", "average", "static_mnist", "81.50 ± 0.25", *same],
     ]
-    assert ("href", "eval/1000/report.html") in parsed.attributes
+    links = [value for name, value in parsed.attributes if name == "href"]
+    assert links == ["eval/1000/report.html"]
+    assert '<a href="eval/1000/report.html">1,000</a>' in (run.path / "report.html").read_text()
     assert "<strong>81.50 ± 0.25</strong>" in (run.path / "report.html").read_text()
 
 

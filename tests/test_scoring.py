@@ -112,6 +112,21 @@ def test_a_scoring_is_continued(ladder: tuple[Any, Any], tmp_path: Path, groups:
     assert same_digits(continued, unbroken)
 
 
+def test_the_progress_bar_has_the_running_bound(
+    ladder: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of the images so far, those of an earlier process too, at the most samples."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    sampler = sampler_of(ladder)
+    bound = score(sampler, Ledger(tmp_path, "key", sampler), Ranks()).importance_weighted[3]
+    assert f", {-bound.mean():.2f} nats, K = 3" in capsys.readouterr().err
+    score(sampler, Ledger(tmp_path, "key", sampler), Ranks())
+    assert "7/7" in capsys.readouterr().err
+
+
 def test_a_permuted_index_continues_the_same_scoring(
     ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
 ) -> None:
@@ -181,6 +196,17 @@ def test_each_scoring_has_a_ledger_of_its_own(ladder: tuple[Any, Any], tmp_path:
     assert list(Ledger(folder, "b", second).read()) == [0, 1, 2, 3]
     Ledger(folder, "b", second).remove()
     assert not folder.exists()
+
+
+def test_what_cannot_be_read_is_computed_again(
+    ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
+) -> None:
+    """And stays where it cannot be removed."""
+    (tmp_path / "key.folder").mkdir()
+    scored(sampler_of(ladder), tmp_path)
+    assert groups.numbers == [0, 1, 2, 3]
+    Ledger(tmp_path, "key", sampler_of(ladder)).remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["key.folder"]
 
 
 # --- The fingerprint ---
@@ -401,7 +427,7 @@ def test_a_disk_that_fills_up_is_told_on_one_line(
     assert [path for path in out.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["samples.png", "per_image.npz", "metrics.json"])
+@pytest.mark.parametrize("name", ["samples.png", "per_image.npz", "metrics.json", "report.html"])
 def test_figures_that_could_not_be_written_are_not_computed_again(
     name: str, run: Path, tmp_path: Path, groups: Groups
 ) -> None:
@@ -412,8 +438,8 @@ def test_figures_that_could_not_be_written_are_not_computed_again(
         line = refusal(lambda: evaluate.main(arguments))
     assert name in line
     assert not (tmp_path / name).exists()
-    assert not (tmp_path / "metrics.json").exists()
-    assert not list(tmp_path.glob("*.part"))
+    assert (tmp_path / "metrics.json").exists() == (name == "report.html")
+    assert not list(tmp_path.glob(".*.part"))
     assert groups.numbers == [0, 1, 2, 3]
     evaluate.main(arguments)
     assert groups.numbers == [0, 1, 2, 3]  # none again

@@ -244,7 +244,7 @@ def test_evaluation_options_do_what_they_say(run_folder: Path) -> None:
     result = run(evaluate.main, run_folder, *arguments, "--batch-size", 7, "--device", "cpu")
     assert result.code == 0, result.err
     assert "digits, 20 valid images, step 4, last weights" in result.out
-    found = json.loads((run_folder / "eval" / "4" / "metrics.json").read_text())
+    found = json.loads((run_folder / "eval" / "4-valid" / "metrics.json").read_text())
     expected = {"step": 4, "weights": "last", "split": "valid", "n_images": 20}
     expected |= {"seed": 3, "batch_size": 7}
     assert {name: found[name] for name in expected} == expected

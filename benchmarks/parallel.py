@@ -1,0 +1,265 @@
+"""What training by several processes gives on one machine, and what to expect of more.
+
+    python -m benchmarks.parallel [--presets digits mnist-3] [--repeats 3] [--steps 3]
+
+Throughput: steps of training at the same global batch by one process with two threads and by two
+ranks with one thread each, joined by gloo; they take turns, each time in fresh processes, and
+figures are medians over all steps. Weights and images are random, which changes no time.
+
+Beyond: the bytes of gradients that ranks average at each step, and the multiply-adds of forward and
+backward pass by image, counted by PyTorch; and with batch normalisation, which each rank does by
+its own part of the batch, how far gradient and loss are from those of the whole batch, with the
+same noise. Prints tables and writes results/benchmarks/parallel.json.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import datasets
+from allocator import keep_freed_memory
+from checkpoint import write_json
+from config import PRESETS, Config
+from elbo import FreeBitsELBO
+from errors import UserError, run_command
+from guide import build_ladder
+from networks import data_dependent_init
+from parallel import Clock, Replicas
+from provenance import provenance
+from ranks import Ranks, joined_ranks
+from svi import SVI
+
+RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "parallel.json"
+ROOT = Path(__file__).parent.parent
+MODULE = "benchmarks.parallel"
+CPU = torch.device("cpu")
+THREADS = 2  # in all
+PARTS = (2, 4, 8)  # of a batch, for batch normalisation
+# What the tables of README.md take for granted, and do not measure: bytes a second that a rank
+# sends and receives at once in an all-reduce, and multiply-adds a second of a GPU on these
+# networks, whose convolutions are narrow.
+ASSUMED_RATES = {"NVLink": 300e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}
+ASSUMED_MULTIPLY_ADDS = 20e12
+
+
+def ladder(config: Config, shape: Sequence[int]) -> Any:
+    """The ELBO module of a preset, in training mode."""
+    torch.manual_seed(0)
+    size = (shape[0], shape[1], shape[2])
+    return FreeBitsELBO(config.free_bits)(*build_ladder(config, size)).train()
+
+
+def random_images(config: Config, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(count, *datasets.image_shape(config.dataset), generator=generator)
+    return x.round() if datasets.is_binary(config.dataset) else x
+
+
+def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
+    """Of each of `steps` steps, after a first one, as this rank takes them."""
+    config = Config(**PRESETS[preset])
+    x = random_images(config, config.batch_size).chunk(ranks.size)[ranks.rank]
+    loss_fn = ladder(config, x.shape[1:])
+    parameters = [p for p in loss_fn.parameters() if p.requires_grad]
+    svi = SVI(loss_fn, torch.optim.Adamax(parameters, lr=1e-4), spike=100.0)
+    clock = Clock(ranks)
+    if ranks.size > 1:
+        svi.replicas = Replicas(loss_fn, ranks, CPU)
+        svi.replicas.warm_up(x)
+    taken = []
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        svi.step(x)
+        if ranks.size > 1:
+            clock.agree(0)
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
+
+
+def in_own_processes(preset: str, steps: int, processes: int) -> list[float]:
+    """`seconds`, by so many fresh processes with two threads in all."""
+    own = ["-m", MODULE, "--one", preset, str(steps), str(THREADS // processes)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *own]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.stderr.write(result.stderr)
+        raise UserError(f"{' '.join(command)} failed")
+    return json.loads(result.stdout)
+
+
+def throughput(preset: str, steps: int, repeats: int) -> dict[str, Any]:
+    """Images a second of one process and of two ranks, which take turns."""
+    taken: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for processes in taken:
+            taken[processes] += in_own_processes(preset, steps, processes)
+            last = " ".join(f"{t:.3f}" for t in taken[processes][-steps:])
+            print(f"{preset}, {processes} processes: {last} s a step", flush=True)
+    batch = Config(**PRESETS[preset]).batch_size
+    rates = {str(n): batch / statistics.median(times) for n, times in taken.items()}
+    return {"batch_size": batch, "images_per_second": rates}
+
+
+def counted(preset: str) -> dict[str, int]:
+    """Bytes of gradients at each step; multiply-adds of forward and backward pass of an image."""
+    config = Config(**PRESETS[preset])
+    shape = datasets.image_shape(config.dataset)
+    with torch.device("meta"):
+        loss_fn = ladder(config, shape)
+        x = torch.zeros(2, *shape)  # one cannot be normalised where the top feature map is 1x1
+        with FlopCounterMode(display=False) as forward:
+            loss = loss_fn(x)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    trained = [p for p in loss_fn.parameters() if p.requires_grad]
+    return {
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+        # Two operations each.
+        "forward_multiply_adds": forward.get_total_flops() // 2 // len(x),
+        "backward_multiply_adds": backward.get_total_flops() // 2 // len(x),
+    }
+
+
+def batch_norm_difference(preset: str) -> dict[str, dict[str, float]]:
+    """How far ranks that normalise by their own parts are from one process, by number of ranks.
+
+    The norm of the difference of gradients beside that of the whole batch's, and the difference of
+    losses in nats, from the initial weights, without dropout, with the same noise.
+    """
+    config = Config(**(PRESETS[preset] | {"dropout": 0.0}))
+    x = random_images(config, config.batch_size)
+    loss_fn = ladder(config, x.shape[1:])
+    with data_dependent_init(loss_fn):
+        loss_fn.guide(x)
+    whole, loss = gradient(loss_fn, x, 1)
+    found = {}
+    for parts in PARTS:
+        other, other_loss = gradient(loss_fn, x, parts)
+        relative = (other - whole).norm() / whole.norm()
+        found[str(parts)] = {"gradient": relative.item(), "loss_nats": other_loss - loss}
+    return found
+
+
+def gradient(loss_fn: Any, x: Tensor, parts: int) -> tuple[Tensor, float]:
+    """Gradient and loss by image of a batch that is normalised by parts."""
+    loss_fn.zero_grad()
+    total = 0.0
+    for number, part in enumerate(x.chunk(parts)):
+        with part_of_the_noise(len(x), number, parts):
+            loss = loss_fn(part) / len(x)
+        loss.backward()
+        total += loss.item()
+    gradients = [p.grad.flatten() for p in loss_fn.parameters() if p.grad is not None]
+    return torch.cat(gradients), total
+
+
+@contextmanager
+def part_of_the_noise(size: int, number: int, parts: int) -> Iterator[None]:
+    """Has latents take one of equal parts of the noise of a batch of `size`."""
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        whole = torch.randn(size, *shape[1:], generator=generator, dtype=dtype)
+        return whole.chunk(parts)[number]
+
+    with patch("torch.distributions.normal._standard_normal", draw):
+        yield
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'preset':18}{'batch':>6}{'1 process':>14}{'2 ranks':>12}{'ratio':>7}"]
+    for preset, found in result["throughput"].items():
+        one, two = (found["images_per_second"][n] for n in "12")
+        lines.append(
+            f"{preset:18}{found['batch_size']:>6}{one:>10.1f}/s{two:>10.1f}/s{two / one:>7.2f}"
+        )
+    lines += ["", f"{'preset':18}{'gradients':>12}{'forward':>12}{'backward':>12}"]
+    for preset, found in result["counted"].items():
+        lines.append(
+            f"{preset:18}{found['gradient_bytes'] / 1e6:>9.1f} MB"
+            f"{found['forward_multiply_adds'] / 1e6:>10.0f} M"
+            f"{found['backward_multiply_adds'] / 1e6:>10.0f} M"
+        )
+    for preset, parts in result["batch_norm"].items():
+        for number, found in parts.items():
+            lines.append(
+                f"{preset}, normalised in {number} parts: gradient differs by "
+                f"{found['gradient']:.1%}, loss by {found['loss_nats']:+.3f} nats"
+            )
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}", description="Measure training by several processes."
+    )
+    parser.add_argument("--presets", nargs="+", default=["digits", "mnist-3"], metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="of each turn (default: 3)")
+    parser.add_argument(
+        "--one", nargs=3, metavar=("PRESET", "STEPS", "THREADS"), help=argparse.SUPPRESS
+    )
+    arguments = parser.parse_args(argv)
+    for name in arguments.presets:
+        if name not in PRESETS:
+            raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
+    if min(arguments.steps, arguments.repeats) < 1:
+        raise UserError("--steps and --repeats must be at least 1")
+    return arguments
+
+
+def one(preset: str, steps: int, threads: int) -> None:
+    """Print the times of one turn, as one of the ranks."""
+    torch.set_num_threads(threads)
+    with joined_ranks() as ranks:
+        taken = seconds(preset, steps, ranks)
+        if ranks.is_first:
+            print(json.dumps(taken))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    keep_freed_memory()  # as the scripts do
+    with pyro.validation_enabled(False):
+        if arguments.one:
+            preset, steps, threads = arguments.one
+            one(preset, int(steps), int(threads))
+            return 0
+        measured = {
+            name: throughput(name, arguments.steps, arguments.repeats) for name in arguments.presets
+        }
+        torch.set_num_threads(THREADS)
+        result: dict[str, Any] = {
+            "repeats": arguments.repeats,
+            "steps": arguments.steps,
+            "weights": "random",
+            "images": "random",
+            "throughput": measured,
+            "counted": {name: counted(name) for name in PRESETS},
+            "batch_norm": {name: batch_norm_difference(name) for name in arguments.presets},
+            "assumed": {
+                "bytes_per_second": ASSUMED_RATES,
+                "multiply_adds_per_second": ASSUMED_MULTIPLY_ADDS,
+            },
+        }
+    print(table(result))
+    write_json(RESULT, result | {"provenance": provenance(CPU)})
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

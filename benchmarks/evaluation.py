@@ -1,49 +1,70 @@
 """How fast the importance-weighted bound is, beside running the whole network for every sample.
 
-    python -m benchmarks.evaluation [--presets digits mnist-3] [--batch-sizes 16 32 64 128 256]
+    python -m benchmarks.evaluation [--presets digits mnist-3] [--batch-sizes 16 64] [--lines ...]
 
 The bottom-up pass depends on the image alone: the sampler runs it once for a group of images, the
-straightforward way once for every image and sample. Both draw the same noise in the same blocks;
-that they give the same bounds is checked first. Weights and images are random, which changes no
-time. The ways take turns, so that whatever else the machine does slows all alike. Figures are
-medians over --repeats, of one group of images, per image and sample. Peak memory is that of a
-process that does nothing else: on the CPU the highest resident set, the process itself included,
-on a GPU what PyTorch allocated. Prints a table and writes results/benchmarks/evaluation.json.
+straightforward way once for every image and sample. A line is a way to the same bounds,
+KIND/OPTIONS:
+
+    ours/bf16+channels_last     importance.py's sampler; options are a precision (float32, tf32,
+                                bf16) and +channels_last and +compile where they are wanted
+    whole/bf16+channels_last    the whole network for every image and sample (benchmarks/plain.py)
+    plain                       that as plain PyTorch has it by default: eager, float32, and with
+                                the C library's allocator as it is, where ours keeps memory
+    bottom_up/float32           the part of `whole` that our sampler does once
+
+All draw the same noise in the same blocks; how far their bounds are apart is measured too. Weights
+and images are random, which changes no time. Each line is a process of its own; they take turns, so
+that whatever else the machine does slows all alike. Figures are medians over --repeats, of one
+group of images, per image and sample. Peak memory is on the CPU the highest resident set of the
+line's process, on a GPU what PyTorch allocated. Prints a table, and puts the figures in the place
+of earlier ones of the same preset, batch size and machine in results/benchmarks/evaluation.json.
 """
 
 import argparse
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 from torch import Tensor
 
 import datasets
-from allocator import keep_freed_memory
-from benchmarks.memory import GIB, in_own_process, peak_bytes
+from benchmarks import plain
+from benchmarks.lines import Case, Line
+from benchmarks.memory import GIB
+from benchmarks.processes import Timed, median_seconds, processes
+from benchmarks.records import known, machine_of, merged
 from checkpoint import write_json
-from config import PRESETS, Config
+from config import PRESETS, Config, OneLineParser
 from datasets import ImageSet
 from datasets.images import ColourImages, PackedImages, Shape
 from devices import choose_device
 from draws import torch_seed
-from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import Execution
 from guide import build_ladder
 from importance import Blocks, ImportanceSampler
 from memory import automatic_batch_size
 from provenance import provenance
 
 MODULE = "benchmarks.evaluation"
-AUTOMATIC = "automatic"  # in the place of a batch size
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "evaluation.json"
-DEFAULT_PRESETS = ("digits", "mnist-3", "mnist-12", "cifar10-15")
+KINDS = ("ours", "whole", "plain", "bottom_up")
+DEFAULT_PRESETS = ("digits", "mnist-3", "mnist-12")
+DEFAULT_LINES = (
+    "plain",
+    "whole/float32+channels_last",
+    "ours/float32+channels_last",
+    "ours/float32+channels_last+compile",
+    "whole/bf16+channels_last",
+    "ours/bf16+channels_last",
+    "bottom_up/float32+channels_last",
+)
 
 
 def random_images(config: Config, shape: Shape, count: int) -> ImageSet:
@@ -57,139 +78,151 @@ def random_images(config: Config, shape: Shape, count: int) -> ImageSet:
     return ColourImages(config.dataset, "test", shape, torch.from_numpy(levels))
 
 
-def prepare(
-    preset: str, batch_size: int | None, samples: int, device: torch.device
-) -> tuple[ImportanceSampler, int]:
-    """A sampler of one group of images, and the batch size: the automatic one for None."""
-    config = Config(**PRESETS[preset])
-    shape = datasets.image_shape(config.dataset)
+def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSampler:
+    """A sampler of one group of images."""
+    device = torch.device(case.device)
     torch.manual_seed(0)
-    model, guide = build_ladder(config, shape)
-    model.to(device).eval()
-    guide.to(device).eval()
-    if batch_size is None:
-        batch_size = automatic_batch_size(config, guide, torch.zeros(1, *shape, device=device))
-    count = Blocks.of(batch_size, samples).images
-    images = random_images(config, shape, count).to(device)
-    index = torch.arange(count)
-    sampler = ImportanceSampler(
-        model, guide, images, index, [samples], batch_size=batch_size, seed=0
+    model, guide = build_ladder(case.config, case.image_shape)
+    for module in (model, guide):
+        execution.prepare(module.to(device).eval())
+    count = Blocks.of(case.batch_size, samples).images
+    images = random_images(case.config, case.image_shape, count).to(device)
+    return ImportanceSampler(
+        model,
+        guide,
+        images,
+        torch.arange(count),
+        [samples],
+        batch_size=case.batch_size,
+        seed=0,
+        execution=execution,
     )
-    return sampler, batch_size
 
 
-def ours(sampler: ImportanceSampler) -> Tensor:
-    """(N,), the bounds of the group."""
-    return sampler.group(0).importance_weighted[sampler.samples[-1]]
+class Way(Timed):
+    """One of the ways to the bounds of a group of images."""
+
+    def __init__(self, case: Case, line: Line, samples: int) -> None:
+        super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
+        self._sampler = sampler_of(case, samples, line.execution)
+        self._execution = line.execution
+        ways: dict[str, Callable[[], object]] = {
+            "ours": self.ours,
+            "whole": self.whole,
+            "plain": self.whole,
+            "bottom_up": self.bottom_up,
+        }
+        self.run = ways[line.kind]
+
+    def ours(self) -> Tensor:
+        """(N,), the bounds of the group."""
+        return self._sampler.group(0).importance_weighted[self._sampler.samples[-1]]
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """(N,), with the whole network for every image and sample."""
+        sampler, x = self._sampler, self._images()
+        log_w = []
+        for chunk, k in enumerate(sampler.blocks.chunks(sampler.samples[-1])):
+            torch.manual_seed(torch_seed(sampler.seed, 0, 0, chunk))  # the sampler's own noise
+            with self._execution.autocast(self.device):
+                log_likelihood, kl = plain.ladder_terms(
+                    sampler.model, sampler.guide, x.repeat_interleave(k, 0)
+                )
+            log_w.append((log_likelihood - kl.sum(1)).view(len(x), k).cpu().double())
+        return torch.cat(log_w, 1).logsumexp(1) - math.log(sampler.samples[-1])
+
+    @torch.no_grad()
+    def bottom_up(self) -> None:
+        """The part of `whole` that our sampler does once."""
+        x = self._images()
+        for k in self._sampler.blocks.chunks(self._sampler.samples[-1]):
+            with self._execution.autocast(self.device):
+                self._sampler.guide.bottom_up(x.repeat_interleave(k, 0))
+
+    def bounds(self) -> list[float]:
+        """In nats, one for each image; of `bottom_up` there are none."""
+        found = self.run()
+        return found.tolist() if isinstance(found, Tensor) else []
+
+    def _images(self) -> Tensor:
+        index = self._sampler.index.to(self._sampler.images.index_device)
+        return self._sampler.images.batch(index)
 
 
-@torch.no_grad()
-def straightforward(sampler: ImportanceSampler) -> Tensor:
-    """(N,), with the whole network for every image and sample."""
-    elbo, x = FreeBitsELBO(), sampler.images.batch(sampler.index.to(sampler.images.index_device))
-    log_w = []
-    for chunk, k in enumerate(sampler.blocks.chunks(sampler.samples[-1])):
-        torch.manual_seed(torch_seed(sampler.seed, 0, 0, chunk))  # the sampler's own noise
-        terms = elbo.compute_terms(sampler.model, sampler.guide, x.repeat_interleave(k, 0))
-        log_w.append(terms.elbo.view(len(x), k).cpu().double())
-    return torch.cat(log_w, 1).logsumexp(1) - math.log(sampler.samples[-1])
-
-
-@torch.no_grad()
-def bottom_up(sampler: ImportanceSampler) -> None:
-    """The part of `straightforward` that our sampler does once."""
-    x = sampler.images.batch(sampler.index.to(sampler.images.index_device))
-    for k in sampler.blocks.chunks(sampler.samples[-1]):
-        sampler.guide.bottom_up(x.repeat_interleave(k, 0))
-
-
-WAYS: dict[str, Callable[[ImportanceSampler], object]] = {
-    "ours": ours,
-    "straightforward": straightforward,
-    "bottom_up": bottom_up,
-}
-
-
-def seconds(way: Callable[[ImportanceSampler], object], sampler: ImportanceSampler) -> float:
-    """Of one run, with all that it starts on the device finished."""
-    start = time.perf_counter()
-    way(sampler)
-    if sampler.images.device.type == "cuda":
-        torch.cuda.synchronize(sampler.images.device)
-    return time.perf_counter() - start
-
-
-def medians(sampler: ImportanceSampler, repeats: int) -> dict[str, float]:
-    """Milliseconds per image and sample, by way."""
-    times: dict[str, list[float]] = {name: [] for name in WAYS}
-    for repeat in range(repeats + 1):
-        for name, way in WAYS.items():
-            elapsed = seconds(way, sampler)
-            if repeat > 0:  # the first one warms up
-                times[name].append(elapsed)
-    pairs = len(sampler.index) * sampler.samples[-1]
-    return {name: 1000 * statistics.median(taken) / pairs for name, taken in times.items()}
-
-
-def times(
-    preset: str, batch_size: int | None, samples: int, repeats: int, device: torch.device
-) -> dict[str, Any]:
-    """Of one batch size, once the bounds are known to be the same."""
-    sampler, size = prepare(preset, batch_size, samples, device)
-    torch.testing.assert_close(ours(sampler), straightforward(sampler), rtol=1e-5, atol=1e-3)
-    milliseconds = medians(sampler, repeats)
-    return {
-        "batch_size": size,
-        "automatic": batch_size is None,
-        "blocks": {"images": sampler.blocks.images, "samples": sampler.blocks.samples},
-        "median_ms_per_image_and_sample": milliseconds,
-        "bottom_up_share": milliseconds["bottom_up"] / milliseconds["straightforward"],
-    }
-
-
-def peaks(
-    preset: str, batch_size: int | None, samples: int, device: torch.device
-) -> dict[str, int]:
-    """Bytes, by way."""
-    return {
-        way: in_own_process(MODULE, device, preset, way, batch_size or AUTOMATIC, samples)
-        for way in ("ours", "straightforward")
-    }
-
-
-def figures(arguments: argparse.Namespace, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """Times and memory by preset, for each batch size."""
-    cases = [
-        (preset, size) for preset in arguments.presets for size in arguments.batch_sizes or [None]
-    ]
-    # Memory first: a new process begins with the peak of the one that starts it.
-    memory = [peaks(*case, arguments.samples, device) for case in cases]
-    found: dict[str, list[dict[str, Any]]] = {preset: [] for preset in arguments.presets}
-    for (preset, size), peak in zip(cases, memory, strict=True):
-        taken = times(preset, size, arguments.samples, arguments.repeats, device)
-        found[preset].append(taken | {"peak_bytes": peak})
+def measured(
+    case: Case, lines: Sequence[Line], samples: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """The figures of each line, by name; bounds are compared with those of the first line."""
+    pairs = Blocks.of(case.batch_size, samples).images * samples
+    makers = {line.name: partial(Way, case, line, samples) for line in lines}
+    with processes(makers, torch.device(case.device)) as started:
+        taken = median_seconds(started, repeats)
+        found: dict[str, dict[str, Any]] = {}
+        reference: list[float] = []
+        for process in started:
+            name, bounds = process.name, process.ask("bounds")
+            reference = reference or bounds
+            found[name] = {
+                "ms_per_image_and_sample": 1000 * taken[name] / pairs,
+                "image_samples_per_second": pairs / taken[name],
+                "first_run_seconds": process.ask("first"),
+                "peak_bytes": process.ask("peak"),
+            }
+            if bounds:
+                apart = [abs(a - b) for a, b in zip(bounds, reference, strict=True)]
+                found[name]["largest_difference_nats"] = max(apart)
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def figures(case: Case, lines: Sequence[Line], samples: int, repeats: int) -> dict[str, Any]:
+    """All that is measured of a case."""
+    blocks = Blocks.of(case.batch_size, samples)
+    return {
+        "preset": case.preset,
+        "batch_size": case.batch_size,
+        "device": case.device,
+        "blocks": {"images": blocks.images, "samples": blocks.samples},
+        "samples": samples,
+        "repeats": repeats,
+        "weights": "random",
+        "images": "random",
+        "lines": measured(case, lines, samples, repeats),
+        "provenance": provenance(torch.device(case.device)),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """One case's figures."""
     lines = [
-        f"{'preset':14}{'batch':>7}{'ours':>12}{'plain':>12}{'ratio':>7}"
-        f"{'bottom-up':>11}{'peak, ours':>12}{'plain':>10}"
+        f"{found['preset']}, batch {found['batch_size']}, {machine_of(found)}; "
+        "ms per image and sample",
+        f"{'line':38}{'per second':>11}{'ms':>9}{'gain':>7}{'nats apart':>12}"
+        f"{'peak':>10}{'first':>8}",
     ]
-    for preset, sizes in result["figures"].items():
-        for found in sizes:
-            ms, peak = found["median_ms_per_image_and_sample"], found["peak_bytes"]
-            lines.append(
-                f"{preset:14}{found['batch_size']:>6}{'*' if found['automatic'] else ' '}"
-                f"{ms['ours']:9.3f} ms{ms['straightforward']:9.3f} ms"
-                f"{ms['straightforward'] / ms['ours']:7.2f}{found['bottom_up_share']:11.0%}"
-                f"{peak['ours'] / GIB:8.2f} GiB{peak['straightforward'] / GIB:6.2f} GiB"
-            )
-    return "\n".join([*lines, "* chosen by memory.py; times are per image and sample"])
+    plainly = found["lines"].get("plain")
+    for name, line in found["lines"].items():
+        ms, apart = line["ms_per_image_and_sample"], line.get("largest_difference_nats")
+        gain = "" if plainly is None else f"{plainly['ms_per_image_and_sample'] / ms:.2f}"
+        lines.append(
+            f"{name:38}{line['image_samples_per_second']:>11.4g}{ms:>9.3g}{gain:>7}"
+            f"{'' if apart is None else f'{apart:.2g}':>12}"
+            f"{line['peak_bytes'] / GIB:>6.2f} GiB{line['first_run_seconds']:>6.1f} s"
+        )
+    return "\n".join(lines)
+
+
+def automatic_size(preset: str, device: torch.device) -> int:
+    """What memory.py chooses."""
+    config = Config(**PRESETS[preset])
+    shape = datasets.image_shape(config.dataset)
+    _, guide = build_ladder(config, shape)
+    x = torch.zeros(1, *shape, device=device)
+    return automatic_batch_size(config, guide.to(device).eval(), x)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"python -m {MODULE}", description="Time the importance-weighted bound."
     )
     parser.add_argument("--presets", nargs="+", default=DEFAULT_PRESETS, metavar="NAME")
@@ -198,45 +231,37 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="N",
-        help="images times samples per pass (default: the automatic size)",
+        help="images times samples per pass (default: what memory.py chooses)",
+    )
+    parser.add_argument(
+        "--lines",
+        nargs="+",
+        default=DEFAULT_LINES,
+        metavar="LINE",
+        help=f"what to compare (default: {' '.join(DEFAULT_LINES)})",
     )
     parser.add_argument("--samples", type=int, default=64, help="of each image (default: 64)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")
     parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
-    parser.add_argument(
-        "--one", nargs=4, metavar=("PRESET", "WAY", "N", "K"), help=argparse.SUPPRESS
-    )
     arguments = parser.parse_args(argv)
     for name in arguments.presets:
         if name not in PRESETS:
             raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
     if min(arguments.samples, arguments.repeats, *(arguments.batch_sizes or [1])) < 1:
         raise UserError("--batch-sizes, --samples and --repeats must be at least 1")
+    arguments.lines = [Line.named(name, KINDS) for name in arguments.lines]
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = choose_device(arguments.device)
-    keep_freed_memory()  # as the scripts do
-    with pyro.validation_enabled(False):
-        if arguments.one:
-            preset, way, size, samples = arguments.one
-            batch_size = None if size == AUTOMATIC else int(size)
-            WAYS[way](prepare(preset, batch_size, int(samples), device)[0])
-            print(peak_bytes(device))
-            return 0
-        found = figures(arguments, device)
-    result = {
-        "samples": arguments.samples,
-        "repeats": arguments.repeats,
-        "weights": "random",
-        "images": "random",
-        "figures": found,
-        "provenance": provenance(device),
-    }
-    print(table(result))
-    write_json(RESULT, result)
+    known(RESULT)  # refused now, rather than when all is measured
+    for preset, size in product(arguments.presets, arguments.batch_sizes or [None]):
+        case = Case(preset, size or automatic_size(preset, device), str(device))
+        found = figures(case, arguments.lines, arguments.samples, arguments.repeats)
+        print(table(found), flush=True)
+        write_json(RESULT, {"cases": merged(RESULT, found)})
     return 0
 
 

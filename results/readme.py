@@ -17,6 +17,8 @@ import torch
 
 import comparison
 import datasets
+from benchmarks import learning
+from benchmarks.lines import Line
 from comparison import Scored
 from config import PRESETS, Config
 from guide import build_ladder
@@ -129,21 +131,122 @@ def memory_table() -> str:
     return f"{table}\n\nMeasured on {origin['machine']}, commit {origin['commit']}."
 
 
+KIND_TITLES = {
+    "ours": "ours",
+    "plain": "plain loop",
+    "convolutions": "its convolutions alone",
+    "whole": "whole network each time",
+    "bottom_up": "its bottom-up pass",
+}
+OPTION_TITLES = {"channels_last": "channels last", "compile": "compiled"}
+
+
+def line_title(name: str) -> str:
+    """A line of a benchmark, such as `ours/bf16+channels_last`, in words."""
+    if name == "plain":
+        return "plain PyTorch"
+    kind, _, options = name.partition("/")
+    words = [OPTION_TITLES.get(option, option) for option in options.split("+")]
+    return ", ".join([KIND_TITLES[kind], *words])
+
+
+def training_table() -> str:
+    """Time and memory of a training step, as benchmarks/training.py measured it."""
+    cases = read("benchmarks/training.json")["cases"]
+    rows = []
+    for case in cases:
+        lines = case["lines"]
+        for name, found in lines.items():
+            cells = [f"{found['images_per_second']:.3g}", f"{found['ms_per_step']:.3g}"]
+            cells += [_ratio(lines.get("plain"), found, "ms_per_step")]
+            cells += [_ratio(found, lines.get(Line(*name.split("/")).floor), "ms_per_step")]
+            rows.append([*_row_head(case, name), *cells, _peak(found)])
+    header = ["preset", "batch", "step", "images/s", "ms"]
+    header += ["times plain PyTorch's images/s", "times its convolutions' ms", "peak memory"]
+    return f"{markdown(header, rows)}\n\nMeasured on {_origins(cases)}."
+
+
 def evaluation_table() -> str:
     """Time and memory of the importance-weighted bound, as benchmarks/evaluation.py measured it."""
-    measured = read("benchmarks/evaluation.json")
+    cases = read("benchmarks/evaluation.json")["cases"]
     rows = []
-    for preset, batches in measured["figures"].items():
-        for found in batches:
-            times = found["median_ms_per_image_and_sample"]
-            gain = times["straightforward"] / times["ours"]
-            row = [f"`{preset}`", str(found["batch_size"]), f"{times['ours']:.3g} ms"]
-            row += [f"{times['straightforward']:.3g} ms", f"{gain:.2f}"]
-            rows.append([*row, f"{found['peak_bytes']['ours'] / 2**30:.1f} GiB"])
+    for case in cases:
+        for name, found in case["lines"].items():
+            apart = found.get("largest_difference_nats")
+            cells = [f"{found['ms_per_image_and_sample']:.3g}"]
+            cells += [_ratio(case["lines"].get("plain"), found, "ms_per_image_and_sample")]
+            cells += ["" if apart is None else f"{apart:.1g}", _peak(found)]
+            rows.append([*_row_head(case, name), *cells])
+    header = ["preset", "batch", "bound", "ms per image and sample", "times as fast as plain"]
+    header += ["nats apart", "peak memory"]
+    return f"{markdown(header, rows)}\n\nMeasured on {_origins(cases)}."
+
+
+def _row_head(case: dict[str, Any], line: str) -> list[str]:
+    return [f"`{case['preset']}`", str(case["batch_size"]), line_title(line)]
+
+
+def _ratio(over: dict[str, Any] | None, under: dict[str, Any] | None, key: str) -> str:
+    """Of two lines' figures; empty where one of them was not measured."""
+    return "" if over is None or under is None else f"{over[key] / under[key]:.2f}"
+
+
+def _peak(found: dict[str, Any]) -> str:
+    return f"{found['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in found else ""
+
+
+def _origins(cases: list[dict[str, Any]]) -> str:
+    origins = [case["provenance"] for case in cases]
+    return "; ".join(dict.fromkeys(f"{o['machine']}, commit {o['commit']}" for o in origins))
+
+
+def scaling_table() -> str:
+    """Cost of a step against the ladder's size, as benchmarks/scaling.py measured it."""
+    measured = read("benchmarks/scaling.json")
+    rows = []
+    for name, points in measured["series"].items():
+        for point in points:
+            slope = point["ms_per_gflop_more"]
+            times = [f"{point[key]:.3g}" for key in ("ours_ms", "convolutions_ms")]
+            row = [f"{point['value']} {name}", f"{point['operations'] / 1e9:.3g}", *times]
+            rows.append(
+                [
+                    *row,
+                    f"{point['ours_ms'] / point['convolutions_ms']:.2f}",
+                    "" if slope is None else f"{slope:.3g}",
+                ]
+            )
     origin = measured["provenance"]
-    header = ["preset", "batch", "ours", "whole network each time", "gain", "peak memory"]
-    note = f"Measured on {origin['machine']}, commit {origin['commit']}."
+    header = [
+        "",
+        "GFLOP",
+        "ms a step",
+        "ms, convolutions alone",
+        "ratio",
+        "ms for a GFLOP more",
+    ]
+    base = ", ".join(f"{value} {name}" for name, value in measured["base"].items())
+    note = f"All else as in {base}. Measured on {origin['machine']}, commit {origin['commit']}."
     return f"{markdown(header, rows)}\n\n{note}"
+
+
+def fast_paths_table() -> str:
+    """What fast paths learn, as benchmarks/learning.py measured it."""
+    runs = read("benchmarks/learning.json")["runs"]
+    rows = []
+    for row in learning.summary(runs):
+        of_options = runs[row["options"]].values()
+        precision = [
+            run["test"]["bf16_less_float32"]["negative_elbo"]["mean"] for run in of_options
+        ]
+        cells = [learning.shown(row[name]) for name in ("training", "test")]
+        cells += [learning.shown(row.get("test_difference"), "+")]
+        cells += [learning.shown(learning.mean_and_spread(precision), "+")]
+        rows.append([line_title(f"ours/{row['options']}").removeprefix("ours, "), *cells])
+    header = ["trained in", "training, last 500 steps", "test", "test, less plain float32"]
+    header += ["test, scored in bf16 less in float32"]
+    cases = [run for by_seed in runs.values() for run in by_seed.values()]
+    return f"{markdown(header, rows)}\n\nObtained on {_origins(cases)}."
 
 
 def durability_table() -> str:
@@ -221,7 +324,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "likelihood": likelihood_table,
     "learning": learning_table,
     "memory": memory_table,
+    "training": training_table,
     "evaluation": evaluation_table,
+    "scaling": scaling_table,
+    "fast_paths": fast_paths_table,
     "demo": demo_table,
     "hour": hour_table,
 }

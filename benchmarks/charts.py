@@ -1,0 +1,165 @@
+"""Charts of what the benchmarks measure, in the manner of plots.py."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.lines import Line
+from benchmarks.operations import KINDS
+from benchmarks.records import machine_of
+from plots import write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_GRID, _INK = "#e2e2e2", "#333333"
+# Convolutions are blue; what they leave is not.
+_COLOURS = dict(
+    zip(
+        KINDS,
+        (
+            *("#2f6db3", "#1d4675", "#d1701f", "#e8a33d", "#3a8f5c", "#8fbf6f", "#8a4fa3"),
+            *("#c08bd1", "#b3323e", "#e58b93", "#7a6a3a", "#b8a978", "#b5b5b5"),
+        ),
+        strict=True,
+    )
+)
+
+
+def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
+    """Charts above and beside each other, 8 inches wide at 100 pixels per inch."""
+    from matplotlib.figure import Figure  # takes a while to import
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(8.0, height), dpi=100, layout=layout)
+    charts = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in charts:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, charts
+
+
+def draw_profiles(path: Path, cases: Sequence[Mapping[str, Any]]) -> None:
+    """Write where a step's time goes: a bar for each line, by kind of operation.
+
+    `cases` are those of training.json; of those that were not profiled nothing is drawn, and
+    without any no file is written. A bar is as long as the line's step takes; its parts are the
+    shares of one profiled step. A mark shows its convolutions alone, where they were measured.
+    """
+    shown = [case for case in cases if any("profile_ms" in line for line in case["lines"].values())]
+    if not shown:
+        return
+    counts = [sum("profile_ms" in line for line in case["lines"].values()) for case in shown]
+    height = 1.6 + sum(0.85 + 0.34 * count for count in counts)
+    figure, charts = _new_figure(height, rows=len(shown))
+    for axes, case in zip(charts, shown, strict=True):
+        _draw_case(axes, dict(case))
+    used = {
+        kind: bar
+        for axes in charts
+        for kind, bar in zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+    }
+    figure.legend(
+        [used[kind] for kind in KINDS if kind in used],
+        [kind for kind in KINDS if kind in used],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
+    write_figure(path, figure)
+
+
+def _draw_case(axes: "Axes", case: dict[str, Any]) -> None:
+    lines = {name: line for name, line in case["lines"].items() if "profile_ms" in line}
+    for row, (name, line) in enumerate(lines.items()):
+        scale = line["ms_per_step"] / sum(line["profile_ms"].values())
+        left = 0.0
+        for kind in KINDS:
+            width = scale * line["profile_ms"].get(kind, 0.0)
+            if width:
+                axes.barh(row, width, left=left, height=0.7, color=_COLOURS[kind], label=kind)
+            left += width
+        floor = case["lines"].get(Line(*name.split("/")).floor)
+        if floor is not None:
+            axes.plot([floor["ms_per_step"]] * 2, [row - 0.45, row + 0.45], color=_INK, lw=1.6)
+    axes.set_yticks(range(len(lines)), list(lines), fontsize="small")
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("ms a step; the mark is its convolutions alone", fontsize="small")
+    title = f"{case['preset']}, batch {case['batch_size']}, {machine_of(case)}"
+    axes.set_title(title, loc="left", fontsize=11)
+
+
+def draw_scaling(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write milliseconds a step against what was varied, a chart for each, both axes logarithmic.
+
+    `series` has points with `value`, `ours_ms` and `convolutions_ms`, by what they vary. The dotted
+    line is in proportion to the operations, through the largest point.
+    """
+    from matplotlib.ticker import LogLocator
+
+    rows = math.ceil(len(series) / 2)
+    figure, charts = _new_figure(3.5 * rows, rows, 2)
+    for axes, (name, points) in zip(charts, series.items(), strict=False):
+        values = [point["value"] for point in points]
+        expected = [
+            points[-1]["ours_ms"] * point["operations"] / points[-1]["operations"]
+            for point in points
+        ]
+        axes.plot(values, [p["ours_ms"] for p in points], "o-", ms=4, color="#2f6db3", label="step")
+        floor = [point["convolutions_ms"] for point in points]
+        axes.plot(values, floor, "s-", ms=4, color="#d1701f", label="its convolutions alone")
+        axes.plot(values, expected, ":", color="#666666", label="in proportion to operations")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.set_xlabel(name)
+        axes.set_ylabel("ms a step")
+    charts[0].legend(frameon=False, fontsize="small")
+    write_figure(path, figure)
+
+
+def draw_learning(path: Path, runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Write the training curves of all runs, and their ELBOs at the end.
+
+    `runs` are those of learning.json: by option set and seed. Curves are of the mean over the
+    steps between log entries; each seed is a thin line of its option set's colour.
+    """
+    colours = dict(zip(runs, ("#666666", "#2f6db3", "#d1701f", "#3a8f5c", "#8a4fa3"), strict=False))
+    figure, (curves, ends) = _new_figure(4.5, columns=2)
+    for row, (name, seeds) in enumerate(runs.items()):
+        for number, run in enumerate(seeds.values()):
+            curves.plot(
+                run["curve"]["step"],
+                run["curve"]["negative_elbo"],
+                lw=1.0,
+                color=colours[name],
+                label=name if number == 0 else None,
+            )
+            elbo = run["test"]["by_precision"]["float32"]["negative_elbo"]["mean"]
+            ends.plot([elbo], [row], "o", ms=6, color=colours[name])
+    # The beginning is far above.
+    later = [
+        value
+        for seeds in runs.values()
+        for run in seeds.values()
+        for step, value in zip(run["curve"]["step"], run["curve"]["negative_elbo"], strict=True)
+        if 10 * step >= run["steps"]
+    ]
+    if later:
+        curves.set_ylim(min(later) - 1, max(later) + 1)
+    curves.set_xlabel("step")
+    curves.set_ylabel("negative ELBO in training, nats")
+    curves.legend(frameon=False, fontsize="small")
+    ends.set_yticks(range(len(runs)), list(runs), fontsize="small")
+    ends.invert_yaxis()
+    ends.set_xlabel("negative ELBO of the test images, nats\n(a point for each seed)")
+    write_figure(path, figure)

@@ -1,0 +1,216 @@
+"""The lines that the benchmarks compare: ways to do the same step, or the floor under it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+import datasets
+from benchmarks import plain
+from benchmarks.convolutions import Convolutions, recorded
+from benchmarks.operations import times_by_kind
+from benchmarks.processes import Timed
+from benchmarks.roofline import Counts, counted
+from config import PRESETS, Config
+from elbo import FreeBitsELBO
+from errors import UserError
+from execution import PRECISIONS, Execution
+from guide import build_ladder
+from svi import SVI
+
+_GRAPH = "+graph"
+
+
+def execution_named(name: str) -> Execution:
+    """From a name such as `float32`, `float32+channels_last+compile` or `bf16+channels_last`."""
+    precision, *options = name.split("+")
+    if precision not in PRECISIONS or not set(options) <= {"channels_last", "compile"}:
+        raise UserError(
+            f"{name!r} is no way to run: a precision ({', '.join(PRECISIONS)}), then "
+            "+channels_last and +compile where they are wanted"
+        )
+    return Execution(
+        precision=precision,
+        channels_last="channels_last" in options,
+        compile="compile" in options,
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A kind of step and its options, as `execution_named` takes them, and +graph after them.
+
+    The kind `plain` without options is what PyTorch does by default, with the C library's allocator
+    as it is. Raises `UserError` where there is no such line.
+    """
+
+    kind: str
+    options: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind == "convolutions" and self.execution.compile:
+            raise UserError(f"{self.name}: convolutions alone leave nothing to compile")
+        if self.is_graph and self.kind != "ours":
+            raise UserError(f"{self.name}: only ours is recorded as a graph")
+
+    @classmethod
+    def named(cls, name: str, kinds: tuple[str, ...]) -> Self:
+        """From `KIND/OPTIONS`."""
+        kind, slash, options = name.partition("/")
+        if kind not in kinds or bool(options) == (name == "plain") or bool(slash) != bool(options):
+            raise UserError(
+                f"there is no line {name!r}: it is plain, or one of "
+                f"{', '.join(f'{kind}/OPTIONS' for kind in kinds)}"
+            )
+        return cls(kind, options)
+
+    @property
+    def name(self) -> str:
+        """What `named` takes."""
+        return f"{self.kind}/{self.options}" if self.options else self.kind
+
+    @property
+    def execution(self) -> Execution:
+        """How it is run."""
+        return execution_named(self.options.removesuffix(_GRAPH) or "float32")
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether steps are recorded as a CUDA graph and replayed."""
+        return self.options.endswith(_GRAPH)
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether the C library is told to keep freed memory, as our scripts do."""
+        return bool(self.options)
+
+    @property
+    def floor(self) -> str:
+        """The name of the line that has its convolutions alone."""
+        eager = self.options.removesuffix(_GRAPH).removesuffix("+compile")
+        return f"convolutions/{eager or 'float32'}"
+
+
+class Steps:
+    """A network and its training steps on random images (N, C, H, W) of `shape` (C, H, W)."""
+
+    def __init__(
+        self,
+        config: Config,
+        shape: tuple[int, int, int],
+        batch_size: int,
+        device: torch.device,
+        execution: Execution,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
+        self.loss_fn: Any = elbo(*build_ladder(config, shape)).to(device).train()
+        self.device = device
+        self.execution = execution
+        self._x = torch.randint(0, 2, (batch_size, *shape), device=device).float()
+        execution.prepare(self.loss_fn)
+        parameters = [p for p in self.loss_fn.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.Adamax(parameters, lr=config.lr)
+        self._recorded = recorded
+
+    @cached_property
+    def _svi(self) -> SVI:
+        # Not without need: on a GPU it changes how the optimizer counts.
+        return SVI(self.loss_fn, self._optimizer, execution=self.execution, recorded=self._recorded)
+
+    def ours(self) -> Tensor:
+        """`SVI.step`."""
+        return self._svi.step(self._x)
+
+    def plain(self) -> Tensor:
+        """The same without Pyro and svi.py."""
+        return plain.training_step(
+            self.loss_fn.model,
+            self.loss_fn.guide,
+            self._optimizer,
+            self._x,
+            self.loss_fn.elbo.free_bits,
+            autocast=self.execution.autocast(self.device),
+        )
+
+    def gradient(self) -> None:
+        """A step without its update."""
+        free_bits = self.loss_fn.elbo.free_bits
+        with self.execution.autocast(self.device):
+            loss = plain.free_bits_loss(self.loss_fn.model, self.loss_fn.guide, self._x, free_bits)
+        loss.backward()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def convolutions(self) -> Convolutions:
+        """Those of a step, to be run alone."""
+        with recorded() as calls:
+            self.gradient()
+        return Convolutions(calls, self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: a preset at a batch size, on a device."""
+
+    preset: str
+    batch_size: int
+    device: str
+
+    @property
+    def config(self) -> Config:
+        """The preset's."""
+        return Config(**PRESETS[self.preset])
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return datasets.image_shape(self.config.dataset)
+
+
+class TimedSteps(Timed):
+    """Training steps of a line."""
+
+    def __init__(self, case: Case, line: Line) -> None:
+        super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
+        self._steps = Steps(
+            case.config,
+            case.image_shape,
+            case.batch_size,
+            self.device,
+            line.execution,
+            recorded=line.is_graph,
+        )
+        self.run = {"ours": self._steps.ours, "plain": self._steps.plain}[line.kind]
+
+    def by_kind(self) -> dict[str, float]:
+        """Milliseconds of a step by kind of operation."""
+        compiled = self._steps.execution.compile
+        steps = min(3, self._runs)
+        return times_by_kind(self.run, self._steps.loss_fn, compiled=compiled, steps=steps)
+
+    def counts(self) -> list[Counts]:
+        """The operations of a step."""
+        with counted() as counts:
+            self.run()
+        return counts
+
+
+class TimedConvolutions(Timed):
+    """The convolutions of a step alone."""
+
+    def __init__(self, case: Case, line: Line) -> None:
+        super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
+        steps = Steps(case.config, case.image_shape, case.batch_size, self.device, line.execution)
+        self.run: Callable[[], object] = steps.convolutions().run
+
+
+TRAINING: dict[str, Callable[[Case, Line], Timed]] = {
+    "ours": TimedSteps,
+    "plain": TimedSteps,
+    "convolutions": TimedConvolutions,
+}

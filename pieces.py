@@ -5,9 +5,10 @@
     python pieces.py pack runs/mnist-12 --out kept --part 1
     python pieces.py unpack kept --out runs/mnist-12
 
-FILE in pieces is FILE.000, FILE.001 ... and FILE.pieces.json, which names them with their sizes and
-SHA-256 and is written last: without it there is no such file, with it the file is whole or damaged.
-A packed folder is the same pieces, and one plain tar archive of all that is small.
+FILE in pieces is FILE.000-CHECKSUM, FILE.001-CHECKSUM ... and FILE.pieces.json, which names them
+with their sizes and SHA-256 and is written last. As no piece takes the place of another one, the
+file is at any moment either what it was or complete. A packed folder is the same pieces, and one
+plain tar archive of all that is small.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from errors import UserError, run_command
 # What is larger goes into pieces of this size, in bytes.
 LARGEST = 15 * 2**20
 _MANIFEST = ".pieces.json"
-_PIECE = re.compile(r"\.\d{3}$")
+_PIECE = re.compile(r"\.\d{3}-[0-9a-f]{8}$")
 _FORMAT = 1
 # Of a packed folder: its small files, and how many files a transfer takes together.
 _BUNDLE = "small.tar"
@@ -57,15 +58,14 @@ def is_there(path: Path) -> bool:
 def write(path: Path, content: bytes) -> None:
     """Write a file: as it is, or in pieces where it is larger than `LARGEST`.
 
-    Raises `UserError` where it cannot be written; of pieces there were before, some may be gone.
+    Raises `UserError` where it cannot be written; what there was before is still there then.
     """
-    stale = set(_pieces_of(path))
+    stale = {path, manifest_path(path), *_pieces_of(path)}
     files = in_pieces(path.name, content)
-    _unlink(manifest_path(path))  # from here on the old file is nothing
     for name, part in files.items():
         _write_bytes(path.with_name(name), part)
-    written = {path.with_name(name) for name in files}
-    _unlink(*({path, *stale} - written))
+    # A whole file counts before pieces do, and goes first where pieces take its place.
+    _unlink(*sorted(stale - {path.with_name(name) for name in files}))
 
 
 def in_pieces(name: str, content: bytes) -> dict[str, bytes]:
@@ -73,12 +73,16 @@ def in_pieces(name: str, content: bytes) -> dict[str, bytes]:
     if len(content) <= LARGEST:
         return {name: content}
     parts = [content[start : start + LARGEST] for start in range(0, len(content), LARGEST)]
-    files = {f"{name}.{number:03d}": part for number, part in enumerate(parts)}
+    files = {_piece_name(name, i, _sha256(part)): part for i, part in enumerate(parts)}
     manifest = _described(content) | {
         "format": _FORMAT,
         "pieces": [{"name": piece} | _described(part) for piece, part in files.items()],
     }
     return files | {name + _MANIFEST: f"{json.dumps(manifest, indent=2)}\n".encode()}
+
+
+def _piece_name(name: str, number: int, checksum: str) -> str:
+    return f"{name}.{number:03d}-{checksum[:8]}"
 
 
 def _described(content: bytes) -> dict[str, Any]:
@@ -110,11 +114,6 @@ def read(path: Path) -> bytes:
     return content
 
 
-def remove(path: Path) -> None:
-    """Remove a file, whole or in pieces; the manifest first, without which the rest is nothing."""
-    _unlink(manifest_path(path), path, *_pieces_of(path))
-
-
 def _unlink(*paths: Path) -> None:
     for path in paths:
         with suppress(OSError):
@@ -124,7 +123,7 @@ def _unlink(*paths: Path) -> None:
 def _pieces_of(path: Path) -> Iterator[Path]:
     """All pieces there are beside `path`, those of a manifest or not."""
     for found in path.parent.glob(f"{path.name}.*"):
-        if _PIECE.search(found.name) and found.name[:-4] == path.name:
+        if _PIECE.sub("", found.name) == path.name != found.name:
             yield found
 
 
@@ -153,7 +152,7 @@ def _is_manifest(manifest: Any, name: str) -> bool:
         and all(
             isinstance(piece, dict)
             and _is_described(piece)
-            and piece.get("name") == f"{name}.{number:03d}"
+            and piece.get("name") == _piece_name(name, number, piece["sha256"])
             for number, piece in enumerate(pieces)
         )
     )
@@ -350,7 +349,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     splitting.add_argument("file", type=Path, metavar="FILE", help="which stays as it is")
     splitting.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for them")
     joining = actions.add_parser("join", help="make one file of its pieces")
-    joining.add_argument("file", type=Path, metavar="FILE", help="its name, without .000")
+    joining.add_argument(
+        "file", type=Path, metavar="FILE", help="its name, without that of a piece"
+    )
     joining.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
     packing = actions.add_parser("pack", help="copy a folder into few files of at most 15 MiB")
     packing.add_argument("folder", type=Path, metavar="FOLDER", help="that of reproduce.py")

@@ -27,9 +27,11 @@ import gc
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -92,12 +94,14 @@ class PiecedRun(Run):
     """
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state of training after `step`, then remove those before it."""
+        """Write the state of training after `step`, then remove whatever else is there."""
         content = checkpoint_bytes(state | {"format": FORMAT, "step": step})
-        pieces.write(self.checkpoint_path(step), content)
-        for old in self.checkpoint_steps():
-            if old < step:
-                pieces.remove(self.checkpoint_path(old))
+        path = self.checkpoint_path(step)
+        pieces.write(path, content)
+        for old in path.parent.iterdir():
+            if not old.name.startswith(path.name):
+                with suppress(OSError):  # one too many does no harm
+                    old.unlink()
 
     def is_better(self, step: int, negative_elbo: float) -> bool:
         return False
@@ -264,9 +268,7 @@ class Reproduction:
 
     def finish(self) -> int:
         """The row is complete: its weights are among what is kept, and the checkpoint goes."""
-        run = PiecedRun(self.run_path, Config(), (1, 1, 1), {})
-        for step in run.checkpoint_steps():
-            pieces.remove(run.checkpoint_path(step))
+        shutil.rmtree(self.run_path / "checkpoints", ignore_errors=True)
         print(f"complete  {self.folder / 'metrics.json'}")
         return 0
 
@@ -515,6 +517,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--out is missing: give the folder to write and continue")
     if arguments.dry_run and (arguments.out is not None or arguments.pause_after is not None):
         raise UserError("--dry-run writes nothing: leave out --out and --pause-after")
+    Config(**(PRESETS[preset_of(arguments.row)] | given))
     # What the scoring would refuse hours later.
     evaluate.parse_arguments(
         ["RUN", "--samples", *map(str, arguments.samples)]

@@ -6,10 +6,13 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
+import atomic
 import pieces
+from errors import UserError
 from tests.commands import content, refusal, run
 
 BODY = bytes(range(256)) * 4  # 1,024 bytes
@@ -28,6 +31,12 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+def piece(path: Path, number: int) -> Path:
+    """One of a file's pieces."""
+    (found,) = path.parent.glob(f"{path.name}.{number:03d}-*")
+    return found
+
+
 def test_the_published_size() -> None:
     """What a transfer of files of 16 MiB takes, with room to spare."""
     source = Path(pieces.__file__).read_text()
@@ -35,11 +44,10 @@ def test_the_published_size() -> None:
 
 
 def test_a_large_file_is_in_pieces(file: Path) -> None:
-    names = sorted(path.name for path in file.parent.iterdir())
-    numbered = [f"weights.bin.{i:03d}" for i in range(4)]
-    assert names == [*numbered, "weights.bin.pieces.json"]
-    assert [(file.parent / name).stat().st_size for name in numbered] == [300, 300, 300, 124]
-    assert b"".join((file.parent / name).read_bytes() for name in numbered) == BODY
+    numbered = [piece(file, number) for number in range(4)]
+    assert sorted(file.parent.iterdir()) == [*numbered, pieces.manifest_path(file)]
+    assert [path.stat().st_size for path in numbered] == [300, 300, 300, 124]
+    assert b"".join(path.read_bytes() for path in numbered) == BODY
     assert pieces.read(file) == BODY
     assert pieces.is_there(file)
 
@@ -54,22 +62,45 @@ def test_a_small_file_stays_whole(file: Path, size: int) -> None:
 
 def test_a_shorter_file_leaves_no_piece_of_the_longer_one(file: Path) -> None:
     pieces.write(file, BODY[:400])
-    assert sorted(content(file.parent)) == [
-        *("weights.bin.000", "weights.bin.001", "weights.bin.pieces.json")
-    ]
+    kept = [piece(file, 0), piece(file, 1), pieces.manifest_path(file)]
+    assert sorted(file.parent.iterdir()) == kept
     assert pieces.read(file) == BODY[:400]
 
 
-def test_splitting_in_place_and_removing(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_leaves_the_old_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever piece it happens: the manifest still names what is all there."""
+    original = atomic.write_atomically
+    for room in range(5):
+        left = iter(range(room))
+
+        def write(path: Path, write: Callable[[BinaryIO], object], left: Any = left) -> None:
+            if next(left, None) is None:
+                raise UserError("no room")
+            original(path, write)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pieces, "write_atomically", write)
+            with pytest.raises(UserError, match="no room"):
+                pieces.write(file, BODY[::-1])
+        assert pieces.read(file) == BODY
+    pieces.write(file, BODY[::-1])
+    assert pieces.read(file) == BODY[::-1]
+    assert len(content(file.parent)) == 5  # nothing is left of the old one
+
+
+def test_splitting_in_place(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(BODY)
     (tmp_path / "a.txt").write_text("another file")
     pieces.split(path)
     assert not path.exists()
     assert pieces.read(path) == BODY
-    pieces.remove(path)
-    assert not pieces.is_there(path)
-    assert content(tmp_path) == {"a.txt": b"another file"}
+    assert (tmp_path / "a.txt").read_text() == "another file"
+    before = content(tmp_path)
+    pieces.split(tmp_path / "a.txt")  # small enough
+    assert content(tmp_path) == before
 
 
 def shorten(path: Path) -> None:
@@ -94,10 +125,10 @@ def flip_a_bit(path: Path) -> None:
 def test_a_damaged_piece_is_refused(
     file: Path, number: int, damage: Callable[[Path], None], told: str
 ) -> None:
-    piece = file.with_name(f"weights.bin.{number:03d}")
-    damage(piece)
+    damaged = piece(file, number)
+    damage(damaged)
     line = refusal(pieces.main, "join", file, "--out", file.parent / "whole")
-    assert f"{piece} " in line
+    assert f"{damaged} " in line
     assert told in line
     assert not (file.parent / "whole").exists()
 
@@ -106,8 +137,8 @@ def test_a_damaged_piece_is_refused(
     ("old", "new"),
     [
         ('"format": 1', '"format": 2'),
-        ("weights.bin.001", "../weights.bin.001"),  # no other file is read
-        ("weights.bin.001", "weights.bin.003"),
+        ("weights.bin.001-", "../weights.bin.001-"),  # no other file is read
+        ("weights.bin.001-", "weights.bin.003-"),
         ('"sha256"', '"sha512"'),
         ("{", ""),
     ],

@@ -288,20 +288,21 @@ learning rate is too high for it. Training ELBO and gradient norm are means of t
 _CHOSEN = """\
 ## What was chosen
 
-- **Learning rate.** The presets `*-fast` take 5e-3 with a warm-up of 500 steps and cosine decay: half
-  of the best one here, because their ladders are four times as wide as these. Depth alone does not
-  forbid 1e-2.
-- **Moving average.** Once the learning rate has decayed to zero it is worth little: the last weights
-  are as good to 0.1 nats. It stays, at 0.999, as it costs next to nothing.
+- **Learning rate.** The presets `*-fast` take 5e-3 with a warm-up of 500 steps and cosine decay:
+  half of the best one here, because their ladders are four times as wide as these. Depth alone
+  does not forbid 1e-2.
+- **Moving average.** Once the learning rate has decayed to zero it is worth little: the last
+  weights are as good to 0.1 nats. It stays, at 0.999, as it costs next to nothing.
 - **Batch.** 256 is not chosen by these runs, in which it means a quarter of the steps and is far
   behind: it is what keeps a GPU busy, which in twenty minutes makes tens of thousands of steps.
-- **Skipping and clipping.** No update was skipped by the default `--grad-spike 100`, so that nothing
-  had to be clipped.
-- **Dropout** stays that of the rows. What these two and a half epochs say of it would not hold for the
-  hundred and more of a row.
+- **Skipping and clipping.** No update was skipped by the default `--grad-spike 100`, so that
+  nothing had to be clipped.
+- **Dropout** stays that of the rows. What these two and a half epochs say of it would not hold
+  for the hundred and more of a row.
 
-What these runs cannot tell, a learning rate of a full-size ladder above all, is for short runs there:
-`reproduce.py ROW --minutes 3 --train-split train --split valid --limit 2000 --samples 1 100`."""
+What these runs cannot tell, a learning rate of a full-size ladder above all, is for short
+runs there: `reproduce.py ROW --minutes 3 --train-split train --split valid --limit 2000
+--samples 1 100`."""
 
 
 def _row(figures: Mapping[str, Any]) -> list[str]:

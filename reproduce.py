@@ -157,6 +157,12 @@ class Reproduction:
         self.device: str = arguments.device
         self.data_dir: Path = arguments.data_dir
 
+    @property
+    def run(self) -> PiecedRun:
+        """The run as it is planned; its folder may still have to come into being."""
+        config = Config.from_dict(self.plan.config)
+        return PiecedRun(self.run_path, config, datasets.image_shape(config.dataset), {})
+
     def save(self) -> None:
         self.plan.write(self.folder / _PLAN)
 
@@ -168,8 +174,8 @@ class Reproduction:
     def note_session(self) -> None:
         """Keep a record of where the work is done."""
         place = provenance(choose_device(self.device))
-        steps = PiecedRun(self.run_path, Config(), (1, 1, 1), {}).checkpoint_steps()
-        session = {"phase": self.plan.phase, "step": max(steps, default=0), "provenance": place}
+        step = max(self.run.checkpoint_steps(), default=0)
+        session = {"phase": self.plan.phase, "step": step, "provenance": place}
         self.plan.sessions.append(session)
         self.save()
 
@@ -211,13 +217,13 @@ class Reproduction:
 
     def is_trained(self) -> bool:
         """Whether the last step has its checkpoint and its evaluation."""
-        run = PiecedRun(self.run_path, Config.from_dict(self.plan.config), (1, 1, 1), {})
-        if run.checkpoint_steps()[-1:] != [run.config.steps]:
+        config = self.run.config
+        if self.run.checkpoint_steps()[-1:] != [config.steps]:
             return False
         entries = finite_entries(self.run_path / "metrics.jsonl")
-        held_out = "valid" if run.config.train_split == "train" else "test"
+        held_out = "valid" if config.train_split == "train" else "test"
         last = newest(entries, f"{held_out}/negative_elbo")
-        return last is not None and last["step"] == run.config.steps
+        return last is not None and last["step"] == config.steps
 
     def training_arguments(self) -> argparse.Namespace:
         """What train_svi.py is asked for: to begin the run, or to go on with it."""
@@ -513,6 +519,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if value is not None and not 0 < value < math.inf:
             option = name.replace("_", "-")
             raise UserError(f"--{option} is {value:g}; it must be finite and positive")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("reproduce.py is a single process: start it without torchrun")
     if arguments.out is None and not arguments.dry_run:
         raise UserError("--out is missing: give the folder to write and continue")
     if arguments.dry_run and (arguments.out is not None or arguments.pause_after is not None):

@@ -431,6 +431,12 @@ def test_what_a_dry_run_does_not_take() -> None:
     assert "--out is missing" in refusal(reproduce.main, "mnist-3", "--minutes", 1)
 
 
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(reproduce.main, *COMMAND, "--out", "row")
+    assert line == "error: reproduce.py is a single process: start it without torchrun\n"
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     line = refusal(reproduce.main, *COMMAND, "--out", tmp_path)

@@ -20,11 +20,12 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+import pieces
 from atomic import write_atomically
 from config import Config
 from errors import UserError
@@ -84,7 +85,7 @@ class Run:
         config: Config,
         image_shape: tuple[int, int, int],
         provenance: dict[str, Any],
-    ) -> "Run":
+    ) -> Self:
         """Begin a run in a new or empty folder; raises `UserError` for any other."""
         if (path / "config.json").exists():
             raise UserError(
@@ -98,7 +99,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
+    def open(cls, path: Path) -> Self:
         """The run in a folder; raises `UserError` where there is none."""
         file = path / "config.json"
         try:
@@ -110,7 +111,7 @@ class Run:
         return cls.from_description(path, content, file)
 
     @classmethod
-    def from_description(cls, path: Path, content: Any, file: Path) -> "Run":
+    def from_description(cls, path: Path, content: Any, file: Path) -> Self:
         """The run of a `description` read from `file`; raises `UserError` where it is not one."""
         version = content.get("format") if isinstance(content, dict) else None
         if type(version) is not int or version not in READABLE:
@@ -148,9 +149,10 @@ class Run:
         return self.path / "checkpoints" / f"{step}.pt"
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of the checkpoints there are, rising."""
-        names = (file.name for file in (self.path / "checkpoints").glob("*.pt"))
-        return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"(\d+)\.pt", name)))
+        """The steps of the checkpoints there are, whole or in pieces, rising."""
+        names = {file.name for file in (self.path / "checkpoints").glob("*.pt*")}
+        steps = (int(m[1]) for name in names if (m := re.match(r"(\d+)\.pt", name)))
+        return sorted({step for step in steps if pieces.is_there(self.checkpoint_path(step))})
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write the state of training after `step`, and remove all but the newest and the best."""
@@ -250,18 +252,29 @@ class Run:
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint and its checksum, atomically."""
+    archive = checkpoint_bytes(content)
+    write_atomically(path, lambda file: file.write(archive))
+
+
+def checkpoint_bytes(content: dict[str, Any]) -> bytes:
+    """What a checkpoint's file holds: its content and the checksum of that."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, lambda file: file.write(_with_checksum(buffer.getvalue())))
+    return _with_checksum(buffer.getvalue())
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """A checkpoint's content; raises `Damaged`, or `UserError` for a file of another kind.
 
-    A file of format 1 is taken as one of format 2, without what it does not hold.
+    The file may be in pieces. One of format 1 is taken as one of format 2, without what it does not
+    hold.
     """
-    checked = _has_checksum(path)
-    content = read_tensors(path, device)
+    try:
+        archive = pieces.read(path)
+    except pieces.DamagedPieces as damaged:
+        raise Damaged(str(damaged)) from None
+    checked = _has_checksum(path, archive)
+    content = _loaded(path, io.BytesIO(archive), device)
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int or version not in READABLE:
         raise UserError(
@@ -301,12 +314,8 @@ def _with_checksum(archive: bytes) -> bytes:
     return archive[:-2] + _COMMENT_LENGTH.to_bytes(2, "little") + comment
 
 
-def _has_checksum(path: Path) -> bool:
+def _has_checksum(path: Path, content: bytes) -> bool:
     """Whether a file carries its checksum; raises `Damaged` where it is that of another content."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False  # what is wrong with it is told by who reads it next
     archive, comment = content[:-_COMMENT_LENGTH], content[-_COMMENT_LENGTH:]
     if not comment.startswith(_COMMENT):
         return False
@@ -320,9 +329,14 @@ def read_tensors(path: Path, device: torch.device) -> Any:
 
     No code in the file is run.
     """
+    return _loaded(path, path, device)
+
+
+def _loaded(path: Path, file: Path | io.BytesIO, device: torch.device) -> Any:
+    """As `read_tensors`, from `file`, which messages call `path`."""
     try:
         with warnings.catch_warnings(action="ignore"):  # they, too, speak to programmers
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception:  # the unpickler's errors are of many kinds, and speak to programmers

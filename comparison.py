@@ -78,6 +78,7 @@ _OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "weights": _is_text,
     "seed": _is_whole,
     "minutes": _is_number,
+    "training_seed": _is_whole,
     "trained": _is_object,
     "provenance": _is_object,
 }
@@ -205,7 +206,10 @@ class Column:
 
 
 def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Column]:
-    """The columns of `names` (of `COLUMNS`) in that order, without those that would be empty."""
+    """The columns of `names` in that order, without those that would be empty.
+
+    They are those of `COLUMNS`, and `seed`, that of the training.
+    """
     images = same_images(runs)
     found = []
     for name in names:
@@ -305,6 +309,7 @@ _CELLS: dict[str, tuple[str, Callable[[Scored], str], bool]] = {
     "weights": ("weights", lambda run: run.figures.get("weights") or "", False),
     "kl": ("KL", _kl_cell, True),
     "minutes": ("minutes", _minutes_cell, True),
+    "seed": ("seed", _count("training_seed"), True),
     "origin": ("obtained on", lambda run: origin(run.figures), False),
 }
 

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -279,11 +279,20 @@ def mode_of(arguments: argparse.Namespace) -> str:
 
 
 class Evaluation:
-    """The checkpoint that the command line names, and how it is to be evaluated."""
+    """The checkpoint that the command line names, and how it is to be evaluated.
 
-    def __init__(self, arguments: argparse.Namespace, ranks: Ranks) -> None:
+    `check` is called now and then while images are scored, and may raise to break off.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        ranks: Ranks,
+        check: Callable[[], object] = lambda: None,
+    ) -> None:
         self.arguments = arguments
         self.ranks = ranks
+        self.check = check
         self.device = choose_device(arguments.device, ranks.local_rank)
         self.run = Run.open(arguments.run)
         step = self.run.step_called(arguments.checkpoint)
@@ -351,7 +360,7 @@ class Evaluation:
             "execution": asdict(self.execution),
         }
         ledger = Ledger(self.folder / ".progress", fingerprint(modules, sampler, origin), sampler)
-        return score(sampler, ledger, self.ranks), ledger
+        return score(sampler, ledger, self.ranks, check=self.check), ledger
 
     def origin(self) -> dict[str, Any]:
         """What a file of figures says of the weights and of how they were scored."""
@@ -365,6 +374,7 @@ class Evaluation:
             "layers": len(self.run.config.z_dims),
             "parameters": count_parameters(self.trained.model, self.trained.guide),
             "minutes": self.trained.minutes,
+            "training_seed": self.run.config.seed,
             "trained": self.run.provenance,
             "provenance": provenance(self.device),
         }

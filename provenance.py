@@ -1,5 +1,6 @@
 """Where a figure comes from: the code, the libraries and the machine."""
 
+import os
 import platform
 import re
 import subprocess
@@ -22,7 +23,11 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this project, with -dirty where files differ from it; None outside git."""
+    """The commit of this project, with -dirty where files differ from it.
+
+    Outside git, where files were copied without their history, what the environment's LVAE_COMMIT
+    says; None without it.
+    """
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -32,7 +37,7 @@ def commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("LVAE_COMMIT") or None
     return result.stdout.strip()
 
 

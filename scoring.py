@@ -122,10 +122,17 @@ class Ledger:
         return tables
 
 
-def score(sampler: ImportanceSampler, ledger: Ledger, ranks: Ranks, unit: str = "image") -> Bounds:
+def score(
+    sampler: ImportanceSampler,
+    ledger: Ledger,
+    ranks: Ranks,
+    unit: str = "image",
+    check: Callable[[], object] = lambda: None,
+) -> Bounds:
     """All bounds of `sampler`, on every rank: those in the ledger, and the others computed.
 
-    Shows a progress bar with the running bound. Raises `UserError` where the ledger cannot be
+    Shows a progress bar with the running bound. `check` is called before each group, and may raise
+    to break off: what has been found is kept. Raises `UserError` where the ledger cannot be
     written.
     """
     tables = ranks.share(ledger.read() if ranks.is_first else {})
@@ -141,6 +148,7 @@ def score(sampler: ImportanceSampler, ledger: Ledger, ranks: Ranks, unit: str = 
         bar.total = running.count + sum(sampler.size(number) for number in mine)
         bar.update(running.count)
         for number in mine:
+            check()
             found[number] = _group_table(sampler, number)
             keep(number, found[number])
             running.add(found[number])

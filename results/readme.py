@@ -20,12 +20,13 @@ import datasets
 from benchmarks import learning
 from benchmarks.lines import Line
 from comparison import Scored
-from config import PRESETS, Config
+from config import PRESETS, ROWS, Config
 from guide import build_ladder
 from networks import count_parameters
 
 RESULTS = Path(__file__).parent
 README = RESULTS.parent / "README.md"
+PRETRAINED = RESULTS.parent / "pretrained"
 
 
 def read(name: str) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def likelihood_table() -> str:
         if (RESULTS / ours).exists():
             runs.append(Scored("ours", Scored.read(RESULTS / ours).figures))
     # The best of a data set would be the deepest ladder: it says nothing of the two.
-    table = comparison.columns(runs, ("data", "layers", "run", "bounds", "origin"))
+    names = ("data", "layers", "run", "bounds", "minutes", "seed", "origin")
+    table = comparison.columns(runs, names)
     return comparison.markdown([replace(column, best=frozenset()) for column in table])
 
 
@@ -105,9 +107,11 @@ def _bounds_table(metrics: dict[str, Any]) -> str:
 
 
 def presets_table() -> str:
-    """The presets and how large their networks are."""
+    """The presets and how large their networks are; those of the same network are one row."""
     rows = []
     for name, options in PRESETS.items():
+        if name.removesuffix("-fast") in ROWS and name not in ROWS:
+            continue
         config = Config(**options)
         with torch.device("meta"):
             pair = build_ladder(config, datasets.image_shape(config.dataset))
@@ -316,12 +320,34 @@ def communication_table() -> str:
     return f"{markdown(header, rows)}\n\n{note}"
 
 
+def pretrained_table() -> str:
+    """How to check the figures of the weights in pretrained/; nothing where there are none."""
+    names = [path.stem for path in sorted(PRETRAINED.glob("*.safetensors"))]
+    if not names:
+        return ""
+    rows, commands = [], []
+    for name in names:
+        figures = read(f"{name}/metrics.json")
+        bounds = [_with_error(figures, key) for key in ("elbo", *figures["iw"])]
+        rows.append([f"[{name}](pretrained/{name}.safetensors)", *bounds])
+        run = f"runs/{name}-pretrained"
+        commands += [
+            f"python published.py import pretrained/{name}.safetensors --out {run}",
+            f"python evaluate.py {run} --samples {' '.join(figures['iw'])}",
+        ]
+    samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in figures["iw"]]
+    shown = markdown(["weights", "ELBO", *samples], rows)
+    text = "Their figures can be checked on a processor, to within the noise of the samples:"
+    return "\n".join([shown, "", text, "", "```sh", *commands, "```"])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "durability": durability_table,
     "parallel": parallel_table,
     "communication": communication_table,
     "presets": presets_table,
     "likelihood": likelihood_table,
+    "pretrained": pretrained_table,
     "learning": learning_table,
     "memory": memory_table,
     "training": training_table,

@@ -11,9 +11,11 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 import evaluate
+import pieces
 import published
 import reference_checkpoint
 import report
+import reproduce
 import train_svi
 from config import config_from, given_options
 from results import readme
@@ -69,6 +71,7 @@ def test_our_figures_stand_below_the_published_ones(
         **{"elbo": 80.0, "iw": {"100": 78.25}, "standard_error": {"elbo": 0.25, "100": 0.2}},
         **{"dataset": "static_mnist", "split": "test", "n_images": 10000, "step": 1, "layers": 6},
         **{"kl_per_layer": [1.0], "provenance": {"machine": "a GPU", "commit": "abc"}},
+        **{"minutes": 19.25, "seed": 0, "training_seed": 42},
     }
     (tmp_path / "mnist-6").mkdir()
     (tmp_path / "mnist-6" / "metrics.json").write_text(json.dumps(content))
@@ -77,7 +80,10 @@ def test_our_figures_stand_below_the_published_ones(
     ]
     assert rows[3:5] == [
         ["static_mnist", "6", "reference", "80.74", "78.65", "78.52"],
-        ["static_mnist", "6", "ours", "80.00 ± 0.25", "78.25 ± 0.20", "a GPU, commit abc"],
+        [
+            *("static_mnist", "6", "ours", "80.00 ± 0.25", "78.25 ± 0.20"),
+            *("19.2", "42", "a GPU, commit abc"),
+        ],
     ]
 
 
@@ -108,9 +114,11 @@ COMMANDS = [
 SCRIPTS: dict[str, Any] = {
     "train_svi.py": train_svi,
     "evaluate.py": evaluate,
+    "pieces.py": pieces,
     "published.py": published,
     "reference_checkpoint.py": reference_checkpoint,
     "report.py": report,
+    "reproduce.py": reproduce,
 }
 
 

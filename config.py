@@ -382,6 +382,7 @@ _FAST: dict[str, Any] = {
     "lr_decay": "cosine",
     "ema": 0.999,
     "epochs": 200,
+    "precision": "bf16",
 }
 PRESETS |= {f"{row}-fast": PRESETS[row] | _FAST for row in ROWS}
 # Scored on the validation images, as the original is, so that these are not to be trained on.

@@ -52,6 +52,7 @@ from datasets import ImageSet
 from devices import choose_device
 from elbo import FreeBitsELBO
 from errors import UserError, run_command
+from execution import Execution
 from guide import build_ladder
 from importance import ImportanceSampler, random_index
 from interruption import Interrupted, Interruption
@@ -381,6 +382,8 @@ def minutes_of_scoring(plan: Plan, arguments: argparse.Namespace) -> float:
     images = scored_images(arguments, device)
     model, guide = build_ladder(config, images.shape)
     module: Any = FreeBitsELBO()(model, guide).to(device).eval()
+    execution = Execution.choose("float32", "auto", device)  # as in evaluate.py
+    execution.prepare(module)
     batch_size = automatic_batch_size(
         config, module.guide, torch.zeros(1, *images.shape, device=device)
     )
@@ -393,6 +396,7 @@ def minutes_of_scoring(plan: Plan, arguments: argparse.Namespace) -> float:
         curve_samples(asked["samples"]),
         batch_size=batch_size,
         seed=0,
+        execution=execution,
     )
     clock = clock_of(device)
     sampler.group(0)

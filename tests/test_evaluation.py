@@ -180,7 +180,7 @@ def test_the_average_of_the_weights_is_scored_unless_told(run_folder: Path) -> N
 def test_weights_that_are_not_finite_are_refused(run_folder: Path) -> None:
     path = run_folder / "checkpoints" / "4.pt"
     state = read_checkpoint(path, torch.device("cpu"))
-    next(iter(state["average"]["weights"].values())).view(-1)[0] = torch.nan
+    next(iter(state["average"]["weights"].values())).fill_(torch.nan)
     write_checkpoint(path, state)
     line = refusal(evaluate.main, run_folder, *words("--samples 1 --device cpu"))
     assert "the weights of step 4 are not all finite" in line

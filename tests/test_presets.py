@@ -68,7 +68,8 @@ def test_one_step_and_one_evaluation(
 
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     in_bits = [tag for entry in entries for tag in entry if "bits_per_dim" in tag]
-    colour = ["train/bits_per_dim", "test/bits_per_dim"]
+    held_out = "valid" if PRESETS[name].get("train_split") == "train" else "test"
+    colour = ["train/bits_per_dim", f"{held_out}/bits_per_dim"]
     assert in_bits == ([] if datasets.is_binary(dataset) else colour)
 
     scale = max(1, round(56 / height))

@@ -5,6 +5,7 @@ them are: prior, posterior and likelihood parameters come out of convolutions in
 (`networks.ParameterConv`), and so latents, log-probabilities and KL are in single precision too.
 """
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import nn
 from errors import UserError
 from networks import ResidualBlock
 
+# What --precision and --compile may be.
 PRECISIONS = ("float32", "tf32", "bf16")
 COMPILE = ("auto", "yes", "no")
 # One compilation for each shape of feature maps, in training and evaluation, gated or not.
@@ -62,8 +64,12 @@ class Execution:
             module.to(memory_format=torch.channels_last)
 
     def compile_blocks(self, module: nn.Module) -> None:
-        """Have the residual blocks compiled when they run next, if they are to be."""
-        if self.compile:
+        """Have the residual blocks compiled when they run next, if they are to be.
+
+        Where PyTorch cannot compile, for lack of a compiler, one line says so and they stay as they
+        are.
+        """
+        if self.compile and _can_compile(next(module.parameters()).device):
             torch._dynamo.config.recompile_limit = _SHAPES
             for block in module.modules():
                 if isinstance(block, ResidualBlock):
@@ -74,3 +80,14 @@ class Execution:
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether the compiler works for the device; tells of it where it does not."""
+    try:
+        torch.compile(torch.sin, dynamic=False)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds: a compiler that is missing, or fails
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        print(f"warning: blocks are not compiled ({reason}); goes on without", file=sys.stderr)
+        return False
+    return True

@@ -30,6 +30,7 @@ class StepGraph:
         self._x: Tensor | None = None
         self._result: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._own: torch.cuda.Stream | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Take a step; a batch of another shape than the recorded one's is stepped on as it is."""
@@ -47,11 +48,13 @@ class StepGraph:
 
     def _beside(self, x: Tensor) -> Tensor:
         """A step on a stream of its own, as recording has it."""
-        own, current = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
-        own.wait_stream(current)
-        with torch.cuda.stream(own):
+        if self._own is None:
+            self._own = torch.cuda.Stream(x.device)
+        current = torch.cuda.current_stream(x.device)
+        self._own.wait_stream(current)
+        with torch.cuda.stream(self._own):
             result = self._step(x)
-        current.wait_stream(own)
+        current.wait_stream(self._own)
         return result
 
     def _record(self, x: Tensor) -> None:

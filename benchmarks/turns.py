@@ -26,18 +26,6 @@ def seconds(run: Callable[[], object], device: torch.device, runs: int = 1) -> f
     return (time.perf_counter() - start) / runs
 
 
-def device_seconds(run: Callable[[], object], device: torch.device, runs: int = 1) -> float:
-    """Of one run on a GPU by its own clock, from the first kernel's start to the last one's end."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    begin.record()
-    for _ in range(runs):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000 / runs
-
-
 def runs_per_turn(taken: float) -> int:
     """How many runs make a turn, where one takes `taken` seconds."""
     return max(1, min(MOST_RUNS, round(TURN_SECONDS / max(taken, 1e-9))))

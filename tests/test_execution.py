@@ -145,6 +145,23 @@ def test_compiled_blocks_do_the_same(loss_fn: Any, x: Tensor) -> None:
     assert list(copied.state_dict()) == list(blocks.state_dict())
 
 
+def test_without_a_compiler_blocks_stay_as_they_are(
+    loss_fn: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line says why."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found in a, b\nSet CXX.")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    Execution(compile=True).prepare(loss_fn)
+    assert capsys.readouterr().err == (
+        "warning: blocks are not compiled (No working C++ compiler found in a, b); "
+        "goes on without\n"
+    )
+    assert all(module._compiled_call_impl is None for module in loss_fn.modules())
+
+
 def test_what_suits_the_device() -> None:
     assert Execution.choose("float32", "auto", CPU) == Execution()
     assert Execution.choose("bf16", "yes", CPU) == Execution("bf16", compile=True)

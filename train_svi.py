@@ -64,13 +64,16 @@ from ranks import Ranks, joined_ranks
 from schedule import Length, kl_weight, learning_rate
 from svi import SVI, MovingAverage
 
-# Options that a resumed run may change: its length and monitoring, and what to turn to where
-# training goes wrong. None of them changes what has been learned so far.
+# Options that a resumed run may change: its length and monitoring, how it is run on the machine it
+# finds itself on, and what to turn to where training goes wrong. None of them changes what has been
+# learned so far.
 CHANGEABLE = {
     "steps",
     "epochs",
     "max_minutes",
     "lr",
+    "precision",
+    "compile",
     "grad_clip",
     "grad_skip",
     "grad_spike",

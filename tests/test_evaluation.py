@@ -187,6 +187,21 @@ def test_weights_that_are_not_finite_are_refused(run_folder: Path) -> None:
     assert "--checkpoint" in line
 
 
+def test_another_precision_is_asked_for_and_recorded(run_folder: Path, tmp_path: Path) -> None:
+    """bf16 is near float32; it does nothing to in-painting, where it is refused."""
+    found = []
+    for precision in ("float32", "bf16"):
+        options = words(f"--samples 1 4 --device cpu --precision {precision}")
+        result = run(evaluate.main, run_folder, *options, "--out", tmp_path / precision)
+        assert result.code == 0, result.err
+        found.append(json.loads((tmp_path / precision / "metrics.json").read_text()))
+    assert [figures["precision"] for figures in found] == ["float32", "bf16"]
+    assert found[0]["elbo"] != found[1]["elbo"]
+    assert found[0]["elbo"] == pytest.approx(found[1]["elbo"], rel=0.01)
+    line = refusal(evaluate.main, run_folder, *words("--inpaint left --precision bf16"))
+    assert "--precision does nothing with --inpaint" in line
+
+
 def test_too_little_memory_is_told(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")

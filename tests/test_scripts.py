@@ -742,6 +742,21 @@ def test_the_same_value_is_no_change(run_folder: Path) -> None:
     assert Run.open(run_folder).checkpoint_steps() == [6, 7]
 
 
+def test_a_run_goes_on_in_another_precision(run_folder: Path) -> None:
+    """As on another machine; evaluations stay in float32, and so do the weights."""
+    train("--resume", run_folder, *words("--steps 7 --precision bf16 --compile no --device cpu"))
+    assert Run.open(run_folder).config.precision == "bf16"
+    state = load(run_folder, 7)
+    assert {w.dtype for w in state["weights"].values()} <= {torch.float32, torch.int64}
+    means = entries(run_folder)[-1]
+    assert math.isfinite(means["test/negative_elbo"])
+    line = refusal(
+        *(train_svi.main, "--resume", run_folder),
+        *words("--steps 8 --precision tf32 --device cpu"),
+    )
+    assert "--precision tf32 is a GPU's" in line
+
+
 @pytest.mark.parametrize(
     "options", [["--out", "other"], ["--preset", "digits"], ["--dry-run"]], ids=" ".join
 )

@@ -188,8 +188,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        help="of the networks; tf32 (on a GPU) and bf16 are faster and change bounds by some "
-        "hundredths of a nat (default: float32)",
+        help="of the networks; tf32 (on a GPU) and bf16 are faster, and bf16 changes bounds of "
+        "digits by up to a tenth of a nat (default: float32)",
     )
     parser.add_argument(
         "--compile",

@@ -39,6 +39,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _figure(value: float) -> str:
+    """Three digits at least, and no power of ten."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def likelihood_table() -> str:
     """The published figures, and below each of them ours where we have them."""
     runs = []
@@ -161,7 +166,7 @@ def training_table() -> str:
     for case in cases:
         lines = case["lines"]
         for name, found in lines.items():
-            cells = [f"{found['images_per_second']:.3g}", f"{found['ms_per_step']:.3g}"]
+            cells = [_figure(found[key]) for key in ("images_per_second", "ms_per_step")]
             cells += [_ratio(lines.get("plain"), found, "ms_per_step")]
             cells += [_ratio(found, lines.get(Line(*name.split("/")).floor), "ms_per_step")]
             rows.append([*_row_head(case, name), *cells, _peak(found)])
@@ -177,7 +182,7 @@ def evaluation_table() -> str:
     for case in cases:
         for name, found in case["lines"].items():
             apart = found.get("largest_difference_nats")
-            cells = [f"{found['ms_per_image_and_sample']:.3g}"]
+            cells = [_figure(found["ms_per_image_and_sample"])]
             cells += [_ratio(case["lines"].get("plain"), found, "ms_per_image_and_sample")]
             cells += ["" if apart is None else f"{apart:.1g}", _peak(found)]
             rows.append([*_row_head(case, name), *cells])
@@ -211,13 +216,13 @@ def scaling_table() -> str:
     for name, points in measured["series"].items():
         for point in points:
             slope = point["ms_per_gflop_more"]
-            times = [f"{point[key]:.3g}" for key in ("ours_ms", "convolutions_ms")]
-            row = [f"{point['value']} {name}", f"{point['operations'] / 1e9:.3g}", *times]
+            times = [_figure(point[key]) for key in ("ours_ms", "convolutions_ms")]
+            row = [f"{point['value']} {name}", _figure(point["operations"] / 1e9), *times]
             rows.append(
                 [
                     *row,
                     f"{point['ours_ms'] / point['convolutions_ms']:.2f}",
-                    "" if slope is None else f"{slope:.3g}",
+                    "" if slope is None else _figure(slope),
                 ]
             )
     origin = measured["provenance"]

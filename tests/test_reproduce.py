@@ -509,7 +509,7 @@ def test_a_row_is_the_table_s_network() -> None:
     """A fast preset changes nothing of the network: only how it is trained."""
     training = {
         *("batch_size", "lr", "lr_warmup", "lr_decay", "ema", "epochs", "grad_clip", "grad_skip"),
-        *("train_split", "dropout"),
+        *("train_split", "dropout", "precision"),
     }
     for row in ROWS:
         fast, plain = PRESETS[f"{row}-fast"], PRESETS[row]

@@ -140,8 +140,8 @@ class Config:
     # Speed
     precision: str = option(
         "float32",
-        "of the networks; tf32 (on a GPU) and bf16 are faster and less precise, and evaluations "
-        "during training in float32 all the same",
+        "of the networks; tf32 (on a GPU) and bf16 are faster and less precise; evaluations during "
+        "training do without bf16",
         choices=PRECISIONS,
     )
     compile: str = option(

@@ -176,6 +176,12 @@ class SVI:
         return self._take(x)
 
     def _take_step(self, x: Tensor) -> Tensor:
+        try:
+            return self._updated(x)
+        finally:  # also where a recording is broken off: its gradients were never computed
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _updated(self, x: Tensor) -> Tensor:
         # A forward pass that is not finite would stay in the batch-norm statistics.
         statistics = Snapshot(self._buffers)
         loss_fn = self.loss_fn if self.replicas is None else self.replicas.module
@@ -193,7 +199,6 @@ class SVI:
         else:
             statistics.restore_unless(good)
         self._add(good, means, norm)
-        self.optimizer.zero_grad(set_to_none=True)
         return means[0]
 
     def _update(self, norm: Tensor) -> None:

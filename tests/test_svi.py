@@ -90,6 +90,21 @@ def test_clipping_scales_the_whole_gradient_to_the_global_norm(share: float) -> 
     assert means.grad_norm == pytest.approx(norm, rel=1e-5)  # before clipping
 
 
+def test_a_step_that_is_broken_off_leaves_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it cannot be recorded: the next one would add to it."""
+    loss_fn = make_loss()
+    svi = SVI(loss_fn, torch.optim.SGD(loss_fn.parameters(), lr=0.5))
+
+    def break_off(*args: Any) -> Tensor:
+        assert all(p.grad is not None for p in loss_fn.parameters())
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(svi.guard, "judge", break_off)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        svi.step(images())
+    assert all(p.grad is None for p in loss_fn.parameters())
+
+
 @pytest.fixture(params=["host", "device"])
 def decides(request: pytest.FixtureRequest) -> Callable[[SVI], SVI]:
     """Who decides on a step: the host, as on the CPU, or the device, as on a GPU."""

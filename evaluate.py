@@ -26,32 +26,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import datasets
-from album import draw_album, draw_charts, draw_completions
-from allocator import keep_freed_memory
-from atomic import writing
-from checkpoint import Run, load_weights, write_json
-from comparison import Scored, compare, evaluation_folder
-from config import OneLineParser
 from datasets import ImageSet
 from datasets.folder import load_folder
-from devices import choose_device
 from elbo import FreeBitsELBO
-from errors import UserError, run_command
-from execution import COMPILE, PRECISIONS, Execution
 from guide import LadderGuide, build_ladder
-from importance import Blocks, Bounds, ImportanceSampler, random_index
-from inpainting import MASKS, inpaint, read_mask, write_completions
-from inspection import check_temperature
-from memory import automatic_batch_size
-from metrics import curve_samples, metrics, table, write_per_image
+from ladder_vae.evaluation.batch_size import automatic_batch_size
+from ladder_vae.evaluation.importance import Blocks, Bounds, ImportanceSampler, random_index
+from ladder_vae.evaluation.inpainting import MASKS, inpaint, read_mask, write_completions
+from ladder_vae.evaluation.metrics import curve_samples, metrics, table, write_per_image
+from ladder_vae.evaluation.ood import (
+    Roc,
+    bound_columns,
+    is_ratio,
+    outlier_scores,
+    roc,
+    write_scores,
+)
+from ladder_vae.evaluation.sampling import check_temperature
+from ladder_vae.evaluation.scoring import Ledger, fingerprint, score
+from ladder_vae.networks.blocks import count_parameters
+from ladder_vae.networks.precision import COMPILE, PRECISIONS, Execution
+from ladder_vae.reports.charts import draw_roc
+from ladder_vae.reports.comparison import Scored, compare, evaluation_folder
+from ladder_vae.reports.figures import draw_album, draw_charts, draw_completions
+from ladder_vae.reports.report import evaluation_report, ladder_pictures
+from ladder_vae.runs.checkpoint import load_weights
+from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.provenance import commit, provenance
+from ladder_vae.runs.run import Run
 from model import LadderModel
-from networks import count_parameters
-from outliers import Roc, bound_columns, is_ratio, outlier_scores, roc, write_scores
-from plots import draw_roc
-from provenance import commit, provenance
-from ranks import Ranks, joined_ranks
-from report import evaluation_report, ladder_pictures
-from scoring import Ledger, fingerprint, score
+from runtime.device import choose_device, keep_freed_memory
+from runtime.distributed import Ranks, joined_ranks
+from runtime.errors import UserError, run_command
+from runtime.files import write_json, writing
 
 # Of --inpaint: images, chains of each, and sweeps of each chain, a fifth of them warm-up.
 INPAINTED, CHAINS, SWEEPS = 8, 6, 100
@@ -89,7 +96,7 @@ class Trained:
     ) -> "Trained":
         """From the checkpoint of `step`, or the newest; its moving average where there is one."""
         state = run.load_checkpoint(step, device)
-        model, guide = build_ladder(run.config, run.image_shape)
+        model, guide = build_ladder(run.config.ladder, run.image_shape)
         module: Any = FreeBitsELBO()(model, guide).to(device).eval()
         use_average = average and state["average"] is not None
         load_weights(module, state["average"]["weights"] if use_average else state["weights"])
@@ -306,7 +313,7 @@ class Evaluation:
         # How many image-sample pairs go through the network at a time, on every rank.
         self.batch_size: int = arguments.batch_size or ranks.share(
             automatic_batch_size(
-                self.run.config,
+                self.run.config.ladder,
                 self.trained.guide,
                 torch.zeros(1, *self.run.image_shape, device=self.device),
             )
@@ -371,7 +378,7 @@ class Evaluation:
             "limit": self.arguments.limit,
             "batch_size": self.batch_size,
             "precision": self.execution.precision,
-            "layers": len(self.run.config.z_dims),
+            "layers": len(self.run.config.ladder.z_dims),
             "parameters": count_parameters(self.trained.model, self.trained.guide),
             "minutes": self.trained.minutes,
             "training_seed": self.run.config.seed,
@@ -383,7 +390,7 @@ class Evaluation:
 def evaluate(evaluation: Evaluation) -> None:
     """Score the run's images, draw its pictures, write a report, and print what was found."""
     arguments, run, trained = evaluation.arguments, evaluation.run, evaluation.trained
-    depth, folder = len(run.config.z_dims), evaluation.folder
+    depth, folder = len(run.config.ladder.z_dims), evaluation.folder
     temperature = (
         arguments.temperature if len(arguments.temperature) > 1 else arguments.temperature[0]
     )
@@ -403,7 +410,7 @@ def evaluate(evaluation: Evaluation) -> None:
         folder,
         trained.model,
         trained.guide,
-        run.config,
+        run.config.ladder,
         images,
         temperature=temperature,
         batch_size=evaluation.batch_size,
@@ -434,7 +441,7 @@ def update_report(evaluation: Evaluation) -> None:
     folder, run = evaluation.folder, evaluation.run
     if (folder / "metrics.json").exists():
         figures = Scored.read(folder).figures
-        evaluation_report(folder, run, figures, ladder_pictures(len(run.config.z_dims)))
+        evaluation_report(folder, run, figures, ladder_pictures(len(run.config.ladder.z_dims)))
 
 
 def inpaint_images(evaluation: Evaluation) -> None:
@@ -496,7 +503,7 @@ def prior_layers(given: Sequence[int] | None, depth: int) -> list[int]:
 def score_images(evaluation: Evaluation) -> None:
     """Write the bounds of given images and, of two sets, how well they are told apart."""
     arguments, folder = evaluation.arguments, evaluation.folder
-    layers = prior_layers(arguments.prior_layers, len(evaluation.run.config.z_dims))
+    layers = prior_layers(arguments.prior_layers, len(evaluation.run.config.ladder.z_dims))
     names = [name for name in (arguments.score, arguments.against) if name is not None]
     sets = [evaluation.load(name) for name in names]
     if len({images.name for images, _ in sets}) < len(sets):

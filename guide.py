@@ -18,9 +18,8 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from config import Config
-from model import LadderModel, normal_from
-from networks import (
+from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.blocks import (
     ACTIVATIONS,
     BlockStyle,
     Merge,
@@ -29,12 +28,13 @@ from networks import (
     pad_to,
     residual_blocks,
 )
+from model import LadderModel, normal_from
 
 
 class BottomUp(nn.Module):
     """The deterministic pass from the image to one feature map per layer."""
 
-    def __init__(self, style: BlockStyle, config: Config, image_shape: tuple[int, int, int]):
+    def __init__(self, style: BlockStyle, config: LadderConfig, image_shape: tuple[int, int, int]):
         super().__init__()
         image_channels, height, width = image_shape
         self.padded_size = config.padded_size((height, width))
@@ -102,7 +102,7 @@ class LadderGuide(GuideMessenger, nn.Module):
     def __init__(
         self,
         model: Callable[..., Tensor],
-        config: Config,
+        config: LadderConfig,
         image_shape: tuple[int, int, int],
     ) -> None:
         nn.Module.__init__(self)
@@ -158,7 +158,7 @@ class LadderGuide(GuideMessenger, nn.Module):
 
 
 def build_ladder(
-    config: Config, image_shape: tuple[int, int, int]
+    config: LadderConfig, image_shape: tuple[int, int, int]
 ) -> tuple[LadderModel, LadderGuide]:
     """A model and its guide, as `config` has them."""
     model = LadderModel(config, image_shape)

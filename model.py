@@ -15,9 +15,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from config import Config
-from likelihoods import LIKELIHOODS
-from networks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks.likelihoods import LIKELIHOODS
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:
@@ -71,7 +71,9 @@ class TopDownLayer(nn.Module):
 class Decoder(nn.Module):
     """From h_1 to the last feature map, at the image's own size."""
 
-    def __init__(self, style: BlockStyle, config: Config, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self, style: BlockStyle, config: LadderConfig, image_size: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.image_size = image_size
         self.upsample = (
@@ -94,7 +96,7 @@ class LadderModel(nn.Module):
     too.
     """
 
-    def __init__(self, config: Config, image_shape: tuple[int, int, int]) -> None:
+    def __init__(self, config: LadderConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
         image_channels, *image_size = image_shape
         sizes = config.latent_sizes((image_size[0], image_size[1]))

@@ -23,9 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atomic import write_atomically
-from config import OneLineParser
-from errors import UserError, run_command
+from ladder_vae.runs.command_line import OneLineParser
+from runtime.errors import UserError, run_command
+from runtime.files import write_atomically
 
 # What is larger goes into pieces of this size, in bytes.
 LARGEST = 15 * 2**20

@@ -28,28 +28,23 @@ import torch
 from torch import Tensor, nn
 
 import datasets
-from allocator import keep_freed_memory
-from atomic import remove_partial_files
-from checkpoint import Damaged, Run, load_weights
-from config import Config, OneLineParser, add_options, config_from, given_options
-from devices import choose_device
 from elbo import FreeBitsELBO
-from errors import UserError, run_command
-from execution import Execution
 from guide import build_ladder
-from importance import (
-    Bounds,
-    bits_per_dim,
-    channel_kl,
-    importance_weighted_bounds,
-    random_index,
-)
-from inspection import prior_samples, reconstructions
-from interruption import Interrupted, Interruption
-from launch import Launch
-from monitor import Monitor, read_entries
-from networks import count_parameters, data_dependent_init
-from parallel import (
+from ladder_vae.evaluation.importance import Bounds, importance_weighted_bounds, random_index
+from ladder_vae.evaluation.kl import by_channel, mean_kl
+from ladder_vae.evaluation.metrics import bits_per_dim
+from ladder_vae.evaluation.sampling import prior_samples, reconstructions
+from ladder_vae.networks.blocks import count_parameters
+from ladder_vae.networks.initialization import data_dependent_init
+from ladder_vae.networks.precision import Execution
+from ladder_vae.reports.image_grids import reconstruction_grid, sample_grid
+from ladder_vae.runs.checkpoint import Damaged, load_weights
+from ladder_vae.runs.command_line import OneLineParser, add_options, config_from, given_options
+from ladder_vae.runs.metrics_log import read_entries
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.provenance import provenance
+from ladder_vae.runs.run import Run
+from ladder_vae.training.data_parallel import (
     Clock,
     Replicas,
     check_batch,
@@ -58,11 +53,15 @@ from parallel import (
     seed_noise,
     synchronised,
 )
-from pictures import reconstruction_grid, sample_grid
-from provenance import provenance
-from ranks import Ranks, joined_ranks
-from schedule import Length, kl_weight, learning_rate
-from svi import SVI, MovingAverage
+from ladder_vae.training.monitor import Monitor
+from ladder_vae.training.moving_average import MovingAverage
+from ladder_vae.training.schedule import Length, kl_weight, learning_rate
+from ladder_vae.training.signals import Interrupted, Interruption
+from ladder_vae.training.svi import SVI
+from runtime.device import choose_device, keep_freed_memory
+from runtime.distributed import Launch, Ranks, joined_ranks
+from runtime.errors import UserError, run_command
+from runtime.files import remove_partial_files
 
 # Options that a resumed run may change: its length and monitoring, how it is run on the machine it
 # finds itself on, and what to turn to where training goes wrong. None of them changes what has been
@@ -110,7 +109,7 @@ class Training:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         device: torch.device,
         data_dir: Path,
         ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
@@ -131,9 +130,9 @@ class Training:
         self.batches = datasets.TrainingBatches(self.images, config.batch_size, config.seed)
         self.length = Length.of(config, self.batches.steps_per_epoch)
         _, height, width = self.images.shape
-        top = math.prod(config.latent_sizes((height, width))[-1])
+        top = math.prod(config.ladder.latent_sizes((height, width))[-1])
         parts = 1 if config.sync_bn else ranks.size
-        if config.batchnorm and config.batch_size // parts * top == 1:
+        if config.ladder.batchnorm and config.batch_size // parts * top == 1:
             among = f" for {parts} processes" if parts > 1 else ""
             raise UserError(
                 f"--batch-size is {config.batch_size}{among} and the top feature map 1x1, which "
@@ -141,7 +140,7 @@ class Training:
             )
 
         torch.manual_seed(config.seed)
-        model, guide = build_ladder(config, self.images.shape)
+        model, guide = build_ladder(config.ladder, self.images.shape)
         elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
         self.loss_fn: Any = elbo(model, guide).to(device)
         self.execution = Execution.choose(config.precision, config.compile, device)
@@ -452,7 +451,7 @@ class Logger:
         module, images, config = self._evaluated(), self.training.held_out, self.training.config
         some = random_index(len(images), 1000, config.seed)
         with seeded(config.seed, self.training.device):
-            channels = channel_kl(module.guide, images, some, config.test_batch_size)
+            channels = by_channel(mean_kl(module.guide, images, some, config.test_batch_size))
         return [float((channel > ACTIVE_KL).sum()) for channel in channels]
 
     def _pictures(self) -> None:
@@ -572,7 +571,7 @@ def run_training(training: Training, run: Run | None, interruption: Interruption
     with Monitor(folder, training.step, training.length.steps, silent=silent) as monitor:
         logger, keeper = Logger(training, monitor), Keeper(training, run, monitor)
         if training.step == 0:
-            monitor.configuration(config.to_dict(), training.elbo_tag)
+            monitor.configuration(config.options(), training.elbo_tag)
         training.loss_fn.train()
         try:
             finished = training.finished
@@ -636,7 +635,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def resumed_config(stored: Config, arguments: argparse.Namespace) -> Config:
+def resumed_config(stored: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     """The stored configuration, with the changes of the command line where they are possible."""
     if arguments.preset or arguments.out or arguments.dry_run:
         raise UserError("--resume takes its run as it is: leave out --preset, --out and --dry-run")
@@ -650,9 +649,9 @@ def resumed_config(stored: Config, arguments: argparse.Namespace) -> Config:
     return replace(stored, **given)
 
 
-def default_folder(config: Config, preset: str | None) -> Path:
+def default_folder(config: RunConfig, preset: str | None) -> Path:
     """A new folder under runs/, named after the run and the time."""
-    words = [preset or f"{config.dataset}-{len(config.z_dims)}-layers"]
+    words = [preset or f"{config.dataset}-{len(config.ladder.z_dims)}-layers"]
     if config.descr:
         words.append("-".join(config.descr.split()).replace(os.sep, "-"))
     words.append(datetime.now().strftime("%Y%m%d-%H%M%S"))
@@ -828,7 +827,7 @@ def describe(training: Training, run: Run | None) -> None:
     config, length = training.config, training.length
     parameters = count_parameters(training.loss_fn)
     print(
-        f"{len(config.z_dims)} layers, {parameters:,} parameters, on {training.place}; "
+        f"{len(config.ladder.z_dims)} layers, {parameters:,} parameters, on {training.place}; "
         f"{len(training.images):,} images of {config.dataset} ({config.train_split})"
     )
     if length.steps is None and length.minutes is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.lines import Line
 from benchmarks.operations import KINDS
 from benchmarks.records import machine_of
-from plots import write_figure
+from ladder_vae.reports.charts import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,10 +31,12 @@ from typing import Any
 import torch
 
 import train_svi
-from checkpoint import Damaged, Run, read_checkpoint, write_json
-from errors import UserError, run_command
-from monitor import read_entries
-from provenance import provenance
+from ladder_vae.runs.checkpoint import Damaged, read_checkpoint
+from ladder_vae.runs.metrics_log import read_entries
+from ladder_vae.runs.provenance import provenance
+from ladder_vae.runs.run import Run
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "durability.json"

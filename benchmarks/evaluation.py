@@ -39,18 +39,20 @@ from benchmarks.lines import Case, Line
 from benchmarks.memory import GIB
 from benchmarks.processes import Timed, median_seconds, processes
 from benchmarks.records import known, machine_of, merged
-from checkpoint import write_json
-from config import PRESETS, Config, OneLineParser
 from datasets import ImageSet
 from datasets.images import ColourImages, PackedImages, Shape
-from devices import choose_device
-from draws import torch_seed
-from errors import UserError, run_command
-from execution import Execution
 from guide import build_ladder
-from importance import Blocks, ImportanceSampler
-from memory import automatic_batch_size
-from provenance import provenance
+from ladder_vae.evaluation.batch_size import automatic_batch_size
+from ladder_vae.evaluation.importance import Blocks, ImportanceSampler
+from ladder_vae.networks.precision import Execution
+from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from ladder_vae.runs.provenance import provenance
+from runtime.device import choose_device
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
+from runtime.random import torch_seed
 
 MODULE = "benchmarks.evaluation"
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "evaluation.json"
@@ -67,7 +69,7 @@ DEFAULT_LINES = (
 )
 
 
-def random_images(config: Config, shape: Shape, count: int) -> ImageSet:
+def random_images(config: RunConfig, shape: Shape, count: int) -> ImageSet:
     """Noise in the place of a data set's images."""
     random = np.random.default_rng(0)
     if datasets.is_binary(config.dataset):
@@ -214,9 +216,9 @@ def table(found: dict[str, Any]) -> str:
 
 def automatic_size(preset: str, device: torch.device) -> int:
     """What memory.py chooses."""
-    config = Config(**PRESETS[preset])
+    config = RunConfig.of(**PRESETS[preset])
     shape = datasets.image_shape(config.dataset)
-    _, guide = build_ladder(config, shape)
+    _, guide = build_ladder(config.ladder, shape)
     x = torch.zeros(1, *shape, device=device)
     return automatic_batch_size(config, guide.to(device).eval(), x)
 

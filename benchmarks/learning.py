@@ -29,17 +29,18 @@ import torch
 from torch import Tensor
 
 import datasets
-from allocator import keep_freed_memory
 from benchmarks.charts import draw_learning
 from benchmarks.lines import execution_named
-from checkpoint import Run, write_json
-from config import OneLineParser
 from datasets import ImageSet
-from errors import UserError, run_command
 from evaluate import Trained
-from importance import Bounds, ImportanceSampler
-from monitor import read_entries
-from provenance import provenance
+from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
+from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.metrics_log import read_entries
+from ladder_vae.runs.provenance import provenance
+from ladder_vae.runs.run import Run
+from runtime.device import keep_freed_memory
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 MODULE = "benchmarks.learning"
 ROOT = Path(__file__).parent.parent

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from checkpoint import write_json
-from devices import choose_device
-from distributions import DiscretizedLogistic, DiscretizedLogisticMixture
-from errors import UserError, run_command
-from provenance import provenance
+from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from ladder_vae.runs.provenance import provenance
+from runtime.device import choose_device
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "likelihoods.json"
 

@@ -14,12 +14,13 @@ from benchmarks.convolutions import Convolutions, recorded
 from benchmarks.operations import times_by_kind
 from benchmarks.processes import Timed
 from benchmarks.roofline import Counts, counted
-from config import PRESETS, Config
 from elbo import FreeBitsELBO
-from errors import UserError
-from execution import PRECISIONS, Execution
 from guide import build_ladder
-from svi import SVI
+from ladder_vae.networks.precision import PRECISIONS, Execution
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from ladder_vae.training.svi import SVI
+from runtime.errors import UserError
 
 _GRAPH = "+graph"
 
@@ -99,7 +100,7 @@ class Steps:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         shape: tuple[int, int, int],
         batch_size: int,
         device: torch.device,
@@ -109,7 +110,7 @@ class Steps:
     ) -> None:
         torch.manual_seed(0)
         elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
-        self.loss_fn: Any = elbo(*build_ladder(config, shape)).to(device).train()
+        self.loss_fn: Any = elbo(*build_ladder(config.ladder, shape)).to(device).train()
         self.device = device
         self.execution = execution
         self._x = torch.randint(0, 2, (batch_size, *shape), device=device).float()
@@ -162,9 +163,9 @@ class Case:
     device: str
 
     @property
-    def config(self) -> Config:
+    def config(self) -> RunConfig:
         """The preset's."""
-        return Config(**PRESETS[self.preset])
+        return RunConfig.of(**PRESETS[self.preset])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

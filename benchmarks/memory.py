@@ -22,15 +22,15 @@ import pyro
 import torch
 
 import datasets
-from allocator import keep_freed_memory
-from checkpoint import write_json
-from config import PRESETS, Config
-from devices import choose_device
 from elbo import FreeBitsELBO
-from errors import UserError, run_command
 from guide import build_ladder
-from provenance import provenance
-from svi import SVI
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from ladder_vae.runs.provenance import provenance
+from ladder_vae.training.svi import SVI
+from runtime.device import choose_device, keep_freed_memory
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "memory.json"
 MODULE = "benchmarks.memory"
@@ -40,9 +40,9 @@ PASSES = ("training", "evaluation")
 
 def peak_memory(preset: str, kind: str, batch_size: int, device: torch.device) -> int:
     """Bytes at the peak of two training steps, or one evaluation pass; in a fresh process."""
-    config = Config(**PRESETS[preset])
+    config = RunConfig.of(**PRESETS[preset])
     shape = datasets.image_shape(config.dataset)
-    loss_fn: Any = FreeBitsELBO(config.free_bits)(*build_ladder(config, shape)).to(device)
+    loss_fn: Any = FreeBitsELBO(config.free_bits)(*build_ladder(config.ladder, shape)).to(device)
     x = torch.randint(0, 2, (batch_size, *shape), device=device).float()
     with pyro.validation_enabled(False):
         if kind == "training":

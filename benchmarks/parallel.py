@@ -30,17 +30,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
-from allocator import keep_freed_memory
-from checkpoint import write_json
-from config import PRESETS, Config
 from elbo import FreeBitsELBO
-from errors import UserError, run_command
 from guide import build_ladder
-from networks import data_dependent_init
-from parallel import Clock, Replicas
-from provenance import provenance
-from ranks import Ranks, joined_ranks
-from svi import SVI
+from ladder_vae.networks.initialization import data_dependent_init
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from ladder_vae.runs.provenance import provenance
+from ladder_vae.training.data_parallel import Clock, Replicas
+from ladder_vae.training.svi import SVI
+from runtime.device import keep_freed_memory
+from runtime.distributed import Ranks, joined_ranks
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "parallel.json"
 ROOT = Path(__file__).parent.parent
@@ -55,14 +56,14 @@ ASSUMED_RATES = {"NVLink": 300e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}
 ASSUMED_MULTIPLY_ADDS = 20e12
 
 
-def ladder(config: Config, shape: Sequence[int]) -> Any:
+def ladder(config: RunConfig, shape: Sequence[int]) -> Any:
     """The ELBO module of a preset, in training mode."""
     torch.manual_seed(0)
     size = (shape[0], shape[1], shape[2])
-    return FreeBitsELBO(config.free_bits)(*build_ladder(config, size)).train()
+    return FreeBitsELBO(config.free_bits)(*build_ladder(config.ladder, size)).train()
 
 
-def random_images(config: Config, count: int) -> Tensor:
+def random_images(config: RunConfig, count: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(count, *datasets.image_shape(config.dataset), generator=generator)
     return x.round() if datasets.is_binary(config.dataset) else x
@@ -70,7 +71,7 @@ def random_images(config: Config, count: int) -> Tensor:
 
 def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
     """Of each of `steps` steps, after a first one, as this rank takes them."""
-    config = Config(**PRESETS[preset])
+    config = RunConfig.of(**PRESETS[preset])
     x = random_images(config, config.batch_size).chunk(ranks.size)[ranks.rank]
     loss_fn = ladder(config, x.shape[1:])
     parameters = [p for p in loss_fn.parameters() if p.requires_grad]
@@ -109,14 +110,14 @@ def throughput(preset: str, steps: int, repeats: int) -> dict[str, Any]:
             taken[processes] += in_own_processes(preset, steps, processes)
             last = " ".join(f"{t:.3f}" for t in taken[processes][-steps:])
             print(f"{preset}, {processes} processes: {last} s a step", flush=True)
-    batch = Config(**PRESETS[preset]).batch_size
+    batch = RunConfig.of(**PRESETS[preset]).batch_size
     rates = {str(n): batch / statistics.median(times) for n, times in taken.items()}
     return {"batch_size": batch, "images_per_second": rates}
 
 
 def counted(preset: str) -> dict[str, int]:
     """Bytes of gradients at each step; multiply-adds of forward and backward pass of an image."""
-    config = Config(**PRESETS[preset])
+    config = RunConfig.of(**PRESETS[preset])
     shape = datasets.image_shape(config.dataset)
     with torch.device("meta"):
         loss_fn = ladder(config, shape)
@@ -140,7 +141,7 @@ def batch_norm_difference(preset: str) -> dict[str, dict[str, float]]:
     The norm of the difference of gradients beside that of the whole batch's, and the difference of
     losses in nats, from the initial weights, without dropout, with the same noise.
     """
-    config = Config(**(PRESETS[preset] | {"dropout": 0.0}))
+    config = RunConfig.of(**(PRESETS[preset] | {"dropout": 0.0}))
     x = random_images(config, config.batch_size)
     loss_fn = ladder(config, x.shape[1:])
     with data_dependent_init(loss_fn):

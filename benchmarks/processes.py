@@ -13,10 +13,10 @@ from typing import Any
 import pyro
 import torch
 
-from allocator import keep_freed_memory
 from benchmarks.memory import GIB, available_memory, peak_bytes
 from benchmarks.turns import medians, runs_per_turn, seconds
-from errors import UserError
+from runtime.device import keep_freed_memory
+from runtime.errors import UserError
 
 
 class Timed:

@@ -31,13 +31,12 @@ import evaluate
 import guide
 import model
 import train_svi
-from atomic import write_atomically
-from checkpoint import write_json
-from config import OneLineParser
-from errors import UserError, run_command
-from networks import ResidualBlock
-from provenance import provenance
-from training_log import finite_entries, newest
+from ladder_vae.networks.blocks import ResidualBlock
+from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.metrics_log import finite_entries, newest
+from ladder_vae.runs.provenance import provenance
+from runtime.errors import UserError, run_command
+from runtime.files import write_atomically, write_json
 
 RESULTS = Path(__file__).parent.parent / "results"
 IMAGES = 128_000

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from runtime.errors import UserError
 
 
 def machine_of(case: dict[str, Any]) -> str:

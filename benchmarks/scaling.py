@@ -17,15 +17,15 @@ from typing import Any
 import pyro
 import torch
 
-from allocator import keep_freed_memory
 from benchmarks.charts import draw_scaling
 from benchmarks.lines import Steps
 from benchmarks.roofline import counted, totals
 from benchmarks.turns import medians, runs_per_turn, seconds
-from checkpoint import write_json
-from config import Config
-from execution import Execution
-from provenance import provenance
+from ladder_vae.networks.precision import Execution
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.provenance import provenance
+from runtime.device import keep_freed_memory
+from runtime.files import write_json
 
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "scaling.json"
 PICTURE = RESULT.with_suffix(".png")
@@ -42,10 +42,10 @@ class Size:
     batch: int = 16
 
     @property
-    def config(self) -> Config:
+    def config(self) -> RunConfig:
         """Two residual blocks to a layer, three halvings in all, the first at the bottom layer."""
         halved = [round(i * self.layers / 3) for i in range(3)]
-        return Config(
+        return RunConfig.of(
             z_dims=[8] * self.layers,
             downsample=[int(i in halved) for i in range(self.layers)],
             blocks_per_layer=2,

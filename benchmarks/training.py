@@ -41,11 +41,13 @@ from benchmarks.memory import GIB
 from benchmarks.processes import Process, median_seconds, processes
 from benchmarks.records import known, machine_of, merged
 from benchmarks.roofline import PEAKS, least_milliseconds, totals
-from checkpoint import write_json
-from config import PRESETS, Config, OneLineParser
-from devices import choose_device
-from errors import UserError, run_command
-from provenance import provenance
+from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from ladder_vae.runs.provenance import provenance
+from runtime.device import choose_device
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
 
 MODULE = "benchmarks.training"
 RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "training.json"
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return scaling.measure(arguments.repeats, device)
     known(RESULT)  # refused now, rather than when all is measured
     for preset, size in product(arguments.presets, arguments.batch_sizes or [None]):
-        case = Case(preset, size or Config(**PRESETS[preset]).batch_size, str(device))
+        case = Case(preset, size or RunConfig.of(**PRESETS[preset]).batch_size, str(device))
         found = figures(case, arguments.lines, arguments.repeats, profiled=arguments.profile)
         print(table(found), flush=True)
         cases = merged(RESULT, found)

@@ -6,7 +6,7 @@ A new data set is a module with a ``SHAPE``, ``BINARY`` and a ``load``, and one 
 from pathlib import Path
 from typing import Protocol
 
-from errors import UserError
+from runtime.errors import UserError
 
 from . import celeba, cifar10, digits, mnist, multi_dsprites, static_mnist, svhn
 from .batches import TrainingBatches

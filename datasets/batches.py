@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-import draws
-from errors import UserError
+from runtime import random as draws
+from runtime.errors import UserError
 
 from .images import ImageSet
 

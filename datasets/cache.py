@@ -10,8 +10,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from atomic import write_atomically, writing
-from errors import UserError
+from runtime.errors import UserError
+from runtime.files import write_atomically, writing
 
 # What reading a damaged npz file raises.
 _UNREADABLE = (

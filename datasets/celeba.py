@@ -18,8 +18,8 @@ from typing import IO
 import numpy as np
 import torch
 
-from atomic import writing
-from errors import UserError
+from runtime.errors import UserError
+from runtime.files import writing
 
 from .cache import reading
 from .download import require_md5

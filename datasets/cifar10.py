@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import draws
-from atomic import writing
-from errors import UserError
+from runtime import random as draws
+from runtime.errors import UserError
+from runtime.files import writing
 
 from .cache import Contents, load_arrays, sha256_of_values
 from .download import DownloadError, published

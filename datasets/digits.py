@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-import draws
+from runtime import random as draws
 
 from .images import ImageSet, PackedImages, Shape
 

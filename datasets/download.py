@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atomic import temporary_file
-from errors import UserError
+from runtime.errors import UserError
+from runtime.files import temporary_file
 
 # What the network can do to a download; a full disk is an OSError too, and not among them.
 NETWORK_ERRORS = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from errors import UserError
+from runtime.errors import UserError
 
 from .cache import reading
 from .images import ColourImages, ImageSet, PackedImages, Shape

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from atomic import write_atomically
-from errors import UserError
+from runtime.errors import UserError
+from runtime.files import write_atomically
 
 from .cache import reading, require_no_folder
 

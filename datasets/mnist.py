@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import draws
-from atomic import writing
-from errors import UserError
+from runtime import random as draws
+from runtime.errors import UserError
+from runtime.files import writing
 
 from .cache import Contents, load_arrays
 from .download import NETWORK_ERRORS, require_md5

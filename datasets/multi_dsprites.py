@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import draws
+from runtime import random as draws
 
 from .cache import Contents, load_arrays
 from .images import ImageSet, PackedImages, Shape

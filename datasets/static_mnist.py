@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError
+from runtime.errors import UserError
 
 from .cache import Contents, load_arrays
 from .download import DownloadError, downloaded, require_md5

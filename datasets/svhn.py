@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import draws
-from errors import UserError
+from runtime import random as draws
+from runtime.errors import UserError
 
 from .cache import Contents, load_arrays
 from .download import DownloadError, published

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from errors import run_command
+from runtime.errors import run_command
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import Config
 from guide import LadderGuide
+from ladder_vae.runs.options import RunConfig
 from model import LadderModel
 
 IMAGE_SHAPE = (1, 8, 10)
@@ -32,31 +32,31 @@ def x() -> Tensor:
 
 
 @pytest.fixture
-def tiny_config() -> Callable[..., Config]:
+def tiny_config() -> Callable[..., RunConfig]:
     """A maker of configurations of tiny ladders, three layers unless told."""
 
-    def make(**options: Any) -> Config:
+    def make(**options: Any) -> RunConfig:
         tiny: dict[str, Any] = {
             "z_dims": [2, 3, 2],
             "downsample": [0, 1, 1],
             "blocks_per_layer": 1,
             "n_filters": 4,
         }
-        return Config(**(tiny | options))
+        return RunConfig.of(**(tiny | options))
 
     return make
 
 
 @pytest.fixture
-def make_pair(tiny_config: Callable[..., Config]) -> Callable[..., tuple[Any, Any]]:
+def make_pair(tiny_config: Callable[..., RunConfig]) -> Callable[..., tuple[Any, Any]]:
     """A maker of tiny (model, guide), with no parameter left at a special initial value."""
 
     def make(
         image_shape: tuple[int, int, int] = IMAGE_SHAPE, **options: Any
     ) -> tuple[LadderModel, LadderGuide]:
         config = tiny_config(**options)
-        model = LadderModel(config, image_shape)
-        guide = LadderGuide(model, config, image_shape)
+        model = LadderModel(config.ladder, image_shape)
+        guide = LadderGuide(model, config.ladder, image_shape)
         with torch.no_grad():
             for module in (model, guide):
                 for parameter in module.parameters():

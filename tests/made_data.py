@@ -20,10 +20,10 @@ import torch
 from scipy.io import savemat  # type: ignore[import-untyped]
 from torchvision.datasets import CIFAR10, MNIST, SVHN
 
-import draws
 from datasets import ImageSet, cifar10, mnist, static_mnist, svhn
 from datasets.cache import Contents
-from errors import UserError
+from runtime import random as draws
+from runtime.errors import UserError
 
 
 class Server:

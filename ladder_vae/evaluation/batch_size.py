@@ -1,0 +1,39 @@
+"""How many images go through the network at a time in evaluation."""
+
+import torch
+from torch import Tensor
+
+from ladder_vae.evaluation.interfaces import Guide
+from ladder_vae.networks import LadderConfig
+
+# On a processor, passes are fastest while a feature map of the whole batch stays in its caches.
+_CACHE = 16 * 2**20
+# A GPU is filled by so many images; more only need more memory.
+_LARGEST = 1024
+
+
+def automatic_batch_size(config: LadderConfig, guide: Guide, x: Tensor) -> int:
+    """A power of two for images like x (1, C, H, W) on their device.
+
+    Figures depend on it through the noise that each block draws, so it must not change with what
+    else is in memory: on a processor it depends on the network alone, and on a GPU on its size.
+    """
+    if x.device.type == "cuda":
+        total = torch.cuda.get_device_properties(x.device).total_memory
+        fitting = total // 2 // _bytes_per_image(guide, x)
+    else:
+        height, width = config.padded_size((x.shape[-2], x.shape[-1]))
+        fitting = _CACHE // (4 * config.n_filters * height * width)
+    return max(8, min(_LARGEST, 2 ** (fitting.bit_length() - 1) if fitting else 0))
+
+
+@torch.no_grad()
+def _bytes_per_image(guide: Guide, x: Tensor) -> int:
+    """The peak memory of a pass through the network on a GPU, by image."""
+    peaks = []
+    with torch.random.fork_rng([x.device]):
+        for n in (8, 24):
+            torch.cuda.reset_peak_memory_stats(x.device)
+            guide(x.expand(n, -1, -1, -1))
+            peaks.append(torch.cuda.max_memory_allocated(x.device))
+    return max(1, (peaks[1] - peaks[0]) // 16)

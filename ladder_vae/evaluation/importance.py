@@ -1,0 +1,263 @@
+"""The importance-weighted bound on the log-likelihood (Burda et al., 2016), image by image.
+
+    log p(x) >= E[ log (1/K) sum_k w_k ],   log w_k = log p(x, z_k) - log q(z_k | x),  z_k ~ q
+
+K = 1 is the ELBO; the bound rises with K towards log p(x). One pass of max(K) samples gives it for
+every smaller K: the bound at K uses the first K samples.
+
+Image-sample pairs go through the network in blocks, a group of images by a chunk of samples. Each
+block seeds its own noise from (seed, group, chunk), so that which process computes it, and when,
+changes no digit of it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from datasets import ImageSet
+from ladder_vae.evaluation.interfaces import Guide, Model
+from ladder_vae.evaluation.kl import sampled_terms
+from ladder_vae.evaluation.pareto import pareto_k, tail_length
+from ladder_vae.networks.precision import Execution
+from runtime.distributed import Ranks
+from runtime.random import permutation, torch_seed
+
+# What a draw is for, the second part of its key.
+_NOISE, _SUBSET, _READING = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Figures of N images, float64, on the CPU; nats but for the last two."""
+
+    elbo: Tensor  # (N,), the mean of log w over all samples
+    importance_weighted: dict[int, Tensor]  # K -> (N,)
+    log_likelihood: Tensor  # (N,), the mean of log p(x | z) over all samples
+    kl: Tensor  # (N, L), the mean KL by layer, bottom to top
+    effective_samples: Tensor  # (N,), (sum w)^2 / sum w^2, from 1 to max(K)
+    pareto_k: Tensor  # (N,), of all samples' weights; nan where these are too few
+
+    def table(self) -> Tensor:
+        """All figures as one table (N, columns); see `from_table`."""
+        single = [self.elbo, self.log_likelihood, self.effective_samples, self.pareto_k]
+        columns = torch.stack([*single, *self.importance_weighted.values()], 1)
+        return torch.cat([columns, self.kl], 1)
+
+    @classmethod
+    def from_table(cls, table: Tensor, samples: Sequence[int]) -> Self:
+        """The bounds that `table` was made of, for these K."""
+        elbo, log_likelihood, effective_samples, pareto = table[:, :4].unbind(1)
+        bounds = table[:, 4 : 4 + len(samples)].unbind(1)
+        return cls(
+            elbo=elbo,
+            importance_weighted=dict(zip(samples, bounds, strict=True)),
+            log_likelihood=log_likelihood,
+            kl=table[:, 4 + len(samples) :],
+            effective_samples=effective_samples,
+            pareto_k=pareto,
+        )
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How image-sample pairs are cut into passes through the network."""
+
+    images: int  # to a group
+    samples: int  # to a chunk, of one image
+
+    @classmethod
+    def of(cls, batch_size: int, samples: int) -> Self:
+        """Blocks of at most `batch_size` pairs: all samples of an image where they fit."""
+        chunk = min(samples, batch_size)
+        return cls(batch_size // chunk, chunk)
+
+    def chunks(self, samples: int) -> list[int]:
+        """The sizes of the chunks that `samples` samples make."""
+        return [min(self.samples, samples - done) for done in range(0, samples, self.samples)]
+
+
+class LogWeights:
+    """Sums over the log importance weights of n images, which come a chunk of samples at a time.
+
+    Log-sum-exp runs along in float64; of the weights themselves only the largest are kept.
+    """
+
+    def __init__(self, n: int, samples: Sequence[int]) -> None:
+        self.samples = samples
+        self.bounds: dict[int, Tensor] = {}
+        self._count = 0
+        self._log_sum = torch.full((n,), -torch.inf, dtype=torch.float64)
+        self._log_sum_of_squares = self._log_sum
+        self._tail = tail_length(samples[-1])
+        self._largest = torch.empty(n, 0, dtype=torch.float64)
+
+    def add(self, log_w: Tensor) -> None:
+        """Take in the log-weights (n, k) of the next k samples, float64."""
+        k = log_w.shape[1]
+        sums = torch.logaddexp(self._log_sum[:, None], log_w.logcumsumexp(1))  # (n, k)
+        for wanted in self.samples:
+            if self._count < wanted <= self._count + k:
+                self.bounds[wanted] = sums[:, wanted - self._count - 1] - math.log(wanted)
+        self._log_sum = sums[:, -1]
+        squares = (2 * log_w).logsumexp(1)
+        self._log_sum_of_squares = torch.logaddexp(self._log_sum_of_squares, squares)
+        if self._tail:
+            seen = torch.cat([self._largest, log_w], 1)
+            self._largest = seen.topk(min(self._tail + 1, seen.shape[1])).values
+        self._count += k
+
+    def effective_samples(self) -> Tensor:
+        """(n,), (sum w)^2 / sum w^2."""
+        return (2 * self._log_sum - self._log_sum_of_squares).exp()
+
+    def pareto_k(self) -> Tensor:
+        """(n,), nan where there are too few samples for a tail."""
+        if not self._tail:
+            return torch.full_like(self._log_sum, torch.nan)
+        return pareto_k(self._largest)
+
+
+class ImportanceSampler:
+    """The bounds of the images at `index` (N,), for each K in `samples` (rising), by groups.
+
+    Put model and guide in evaluation mode first. The lowest `from_prior` layers are drawn from
+    their priors (see `LadderGuide`). Groups are of images next to each other in the image set, so
+    that the order of `index` changes no digit. `execution` says how the networks, prepared with it,
+    are run.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Guide,
+        images: ImageSet,
+        index: Tensor,
+        samples: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        from_prior: int = 0,
+        execution: Execution = Execution(),  # noqa: B008 (cannot change)
+    ) -> None:
+        self.execution = execution
+        self.model = model
+        self.guide = guide
+        self.images = images
+        self.samples = list(samples)
+        self.seed = seed
+        self.from_prior = from_prior
+        self.index, self._order = index.sort(stable=True)
+        self.blocks = Blocks.of(batch_size, self.samples[-1])
+
+    def __len__(self) -> int:
+        """The number of groups."""
+        return math.ceil(len(self.index) / self.blocks.images)
+
+    def size(self, number: int) -> int:
+        """How many images a group has: the last one may be smaller."""
+        return min(self.blocks.images, len(self.index) - number * self.blocks.images)
+
+    @property
+    def columns(self) -> int:
+        """The columns of a group's table."""
+        return 4 + len(self.samples) + len(self.model.layers)
+
+    def group(self, number: int) -> Bounds:
+        """The bounds of one group's images, wherever and whenever it is computed."""
+        autocast = self.execution.autocast(self.images.device)
+        with torch.no_grad(), autocast, torch.random.fork_rng(self._devices()):
+            return self._bounds(number, self._read(number))
+
+    def in_order(self, groups: Iterable[Tensor]) -> Bounds:
+        """The bounds in the order of `index`, from the tables of all groups in theirs."""
+        table = torch.cat(list(groups))
+        ordered = torch.empty_like(table)
+        ordered[self._order] = table
+        return Bounds.from_table(ordered, self.samples)
+
+    def _devices(self) -> list[torch.device]:
+        return [self.images.device] if self.images.device.type == "cuda" else []
+
+    def _read(self, number: int) -> Tensor:
+        size = self.blocks.images
+        index = self.index[number * size : (number + 1) * size]
+        # Images that are binarized anew at each reading are part of the noise.
+        generator = torch.Generator(self.images.device)
+        generator.manual_seed(torch_seed(self.seed, _READING, number))
+        return self.images.batch(index.to(self.images.index_device), generator)
+
+    def _bounds(self, number: int, x: Tensor) -> Bounds:
+        n, total = len(x), self.samples[-1]
+        features = self.guide.bottom_up(x)
+        weights = LogWeights(n, self.samples)
+        log_likelihood = torch.zeros(n, dtype=torch.float64)
+        kl = torch.zeros(n, len(features), dtype=torch.float64)
+        for chunk, k in enumerate(self.blocks.chunks(total)):
+            torch.manual_seed(torch_seed(self.seed, _NOISE, number, chunk))
+            # Samples of an image lie side by side: (n * k, ...).
+            self.guide(
+                x.repeat_interleave(k, 0),
+                [d.repeat_interleave(k, 0) for d in features],
+                from_prior=self.from_prior,
+            )
+            chunk_log_likelihood, chunk_kl = (
+                term.unflatten(0, (n, k)).cpu().double() for term in sampled_terms(self.guide)
+            )
+            weights.add(chunk_log_likelihood - chunk_kl.sum(2))
+            log_likelihood += chunk_log_likelihood.sum(1)
+            kl += chunk_kl.sum(1)
+        log_likelihood, kl = log_likelihood / total, kl / total
+        return Bounds(
+            elbo=log_likelihood - kl.sum(1),
+            importance_weighted=weights.bounds,
+            log_likelihood=log_likelihood,
+            kl=kl,
+            effective_samples=weights.effective_samples(),
+            pareto_k=weights.pareto_k(),
+        )
+
+
+def importance_weighted_bounds(
+    model: Model,
+    guide: Guide,
+    images: ImageSet,
+    index: Tensor,
+    samples: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int,
+    ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
+    on_images: Callable[[int], object] = lambda count: None,
+) -> Bounds:
+    """The bounds of the images at `index` (N,), for each K in `samples` (rising), in one go.
+
+    Put model and guide in evaluation mode first. The groups are dealt out to the `ranks`, which all
+    get all bounds. `on_images` is told how many images this rank has finished since it was last
+    called, and called as often on each of them.
+    """
+    sampler = ImportanceSampler(
+        model, guide, images, index, samples, batch_size=batch_size, seed=seed
+    )
+    tables: dict[int, Tensor] = {}
+    for first in range(0, len(sampler), ranks.size):
+        number = first + ranks.rank
+        if number < len(sampler):
+            tables[number] = sampler.group(number).table()
+        on_images(len(tables[number]) if number in tables else 0)
+    for part in ranks.collect(tables):
+        tables |= part
+    return sampler.in_order(tables[number] for number in range(len(sampler)))
+
+
+def random_index(n: int, count: int, seed: int) -> Tensor:
+    """`count` of the numbers below n in random order; all of them, in order, where count is n.
+
+    Test sets are sorted by class now and then, so that their first images are no sample of them.
+    """
+    if count >= n:
+        return torch.arange(n)
+    return torch.from_numpy(permutation(n, seed, _SUBSET)[:count])

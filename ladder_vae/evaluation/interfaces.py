@@ -1,0 +1,32 @@
+"""The parts of a Pyro model and guide that evaluation uses."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+
+class Model(Protocol):
+    """p(x, z) as in `model.LadderModel`."""
+
+    layers: nn.ModuleList  # one for each stochastic layer
+
+    def __call__(self, x: Tensor | None = None, n: int = 1) -> Tensor: ...
+
+
+class Guide(Protocol):
+    """q(z | x) as in `guide.LadderGuide`, which runs the model under itself."""
+
+    def __call__(
+        self, x: Tensor, features: Sequence[Tensor] | None = None, *, from_prior: int = 0
+    ) -> dict[str, Tensor]: ...
+
+    @property
+    def bottom_up(self) -> Callable[[Tensor], list[Tensor]]: ...
+
+    @property
+    def get_traces(self) -> Callable[[], tuple[Trace, Trace]]: ...
+
+    @property
+    def trace(self) -> Trace: ...

@@ -1,0 +1,188 @@
+"""Score a whole image set: broken off and continued, by one process or by several.
+
+What has been found is on disk at once, group by group. Since a group's figures depend on nothing
+but the group (see `importance.py`), neither an interruption nor the number of processes changes a
+digit.
+"""
+
+import hashlib
+import struct
+import sys
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
+from runtime.distributed import Ranks
+from runtime.errors import UserError
+from runtime.files import to_json, writing
+
+# Each record: the group's number and a checksum; then the group's table, float64.
+_HEADER = struct.Struct("<qI")
+
+
+def _checksum(number: int, content: bytes) -> int:
+    """The CRC-32 of a table, which starts from the group's number: that counts too."""
+    return zlib.crc32(content, number)
+
+
+def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[str, Any]) -> str:
+    """What stands for everything that the figures depend on: weights, images, blocks and seed.
+
+    `others` are further values that they depend on, such as the versions of the code.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    settings = {
+        "images": [sampler.images.name, sampler.images.split, list(sampler.images.shape)],
+        "samples": sampler.samples,
+        "blocks": [sampler.blocks.images, sampler.blocks.samples],
+        "seed": sampler.seed,
+        "from_prior": sampler.from_prior,
+    }
+    digest.update(to_json(settings | dict(others)).encode())
+    images, generator = sampler.images, torch.Generator(sampler.images.device).manual_seed(0)
+    for part in sampler.index.split(1000):
+        digest.update(part.numpy().tobytes())
+        levels = (images.batch(part.to(images.index_device), generator) * 255).round().byte()
+        digest.update(levels.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Ledger:
+    """The groups that are finished so far, in a folder of its own until all of them are.
+
+    Each process appends to a file of its own. A record that was cut short, or damaged, ends its
+    file: the group is computed again.
+    """
+
+    def __init__(self, folder: Path, key: str, sampler: ImportanceSampler) -> None:
+        self.folder = folder
+        self.key = key
+        self._sampler = sampler
+
+    def read(self) -> dict[int, Tensor]:
+        """The tables of the finished groups, by their number."""
+        tables: dict[int, Tensor] = {}
+        for path in sorted(self.folder.glob(f"{self.key}.*")):
+            with suppress(OSError):  # what cannot be read is computed again
+                tables |= self._records(path.read_bytes())
+        return tables
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, Tensor], None]]:
+        """A new file for this process; what is given is called with each finished group."""
+        path = self.folder / f"{self.key}.{uuid.uuid4().hex[:8]}"
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Without a buffer, which would be written again, and fail again, when it is closed.
+            file = path.open("xb", buffering=0)
+
+        def add(number: int, table: Tensor) -> None:
+            content = table.numpy().tobytes()
+            with writing(path):
+                file.write(_HEADER.pack(number, _checksum(number, content)) + content)
+
+        with file:
+            yield add
+
+    def remove(self) -> None:
+        """Remove the files, once their figures are elsewhere."""
+        for path in self.folder.glob(f"{self.key}.*"):
+            with suppress(OSError):  # another user's may stay
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # other scorings may have theirs there
+            self.folder.rmdir()
+
+    def _records(self, content: bytes) -> dict[int, Tensor]:
+        """The whole records that a file begins with."""
+        tables = {}
+        start = 0
+        while start + _HEADER.size <= len(content):
+            number, checksum = _HEADER.unpack_from(content, start)
+            if not 0 <= number < len(self._sampler):
+                break
+            rows = self._sampler.size(number)
+            start += _HEADER.size
+            table = content[start : start + 8 * rows * self._sampler.columns]
+            if _checksum(number, table) != checksum:
+                break
+            start += len(table)
+            tables[number] = torch.frombuffer(bytearray(table), dtype=torch.float64).view(rows, -1)
+        return tables
+
+
+def score(
+    sampler: ImportanceSampler,
+    ledger: Ledger,
+    ranks: Ranks,
+    unit: str = "image",
+    check: Callable[[], object] = lambda: None,
+) -> Bounds:
+    """All bounds of `sampler`, on every rank: those in the ledger, and the others computed.
+
+    Shows a progress bar with the running bound. `check` is called before each group, and may raise
+    to break off: what has been found is kept. Raises `UserError` where the ledger cannot be
+    written.
+    """
+    tables = ranks.share(ledger.read() if ranks.is_first else {})
+    missing = [number for number in range(len(sampler)) if number not in tables]
+    shown = sys.stderr.isatty() and ranks.is_first
+    found: dict[int, Tensor] = {}
+    with (
+        ledger.opened() as keep,
+        tqdm(total=0, unit=unit, dynamic_ncols=True, disable=not shown) as bar,
+    ):
+        mine = missing[ranks.rank :: ranks.size]
+        running = _RunningBound(sampler, tables)
+        bar.total = running.count + sum(sampler.size(number) for number in mine)
+        bar.update(running.count)
+        for number in mine:
+            check()
+            found[number] = _group_table(sampler, number)
+            keep(number, found[number])
+            running.add(found[number])
+            bar.set_postfix_str(str(running), refresh=False)
+            bar.update(len(found[number]))
+    for part in ranks.collect(found):
+        tables |= part
+    return sampler.in_order(tables[number] for number in range(len(sampler)))
+
+
+def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
+    try:
+        return sampler.group(number).table()
+    except torch.OutOfMemoryError:
+        size = sampler.blocks.images * sampler.blocks.samples
+        raise UserError(
+            f"{size:,} images at a time do not fit into the GPU's memory: give a smaller "
+            "number to --batch-size"
+        ) from None
+
+
+class _RunningBound:
+    """The negative bound of the images so far, at the most samples, for the progress bar."""
+
+    def __init__(self, sampler: ImportanceSampler, tables: Mapping[int, Tensor]) -> None:
+        self.samples = sampler.samples
+        self.count = 0
+        self._sum = 0.0
+        for table in tables.values():
+            self.add(table)
+
+    def add(self, table: Tensor) -> None:
+        bounds = Bounds.from_table(table, self.samples).importance_weighted[self.samples[-1]]
+        self._sum -= bounds.sum().item()
+        self.count += len(table)
+
+    def __str__(self) -> str:
+        return f"{self._sum / self.count:.2f} nats, K = {self.samples[-1]}"

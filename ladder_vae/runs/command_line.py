@@ -1,0 +1,121 @@
+"""The options of a run on the command line."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, get_args, get_origin
+
+from ladder_vae.networks import LadderConfig
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
+from runtime.errors import UserError
+
+# The original implementation's names of options that are called differently in Python.
+_FLAGS = {
+    "dataset": ("-d", "--dataset"),
+    "z_dims": ("--zdims",),
+    "n_filters": ("--nfilters",),
+    "batchnorm": ("--bn",),
+    "free_bits": ("--freebits",),
+    "weight_decay": ("--wd",),
+}
+_LIKELIHOOD_HELP = (
+    "distribution of x given z; auto is bernoulli for binary images and discr_log_mix for 8-bit "
+    "ones"
+)
+OPTIONS: dict[str, dataclasses.Field[Any]] = {
+    field.name: field
+    for config in (LadderConfig, RunConfig)
+    for field in dataclasses.fields(config)
+    if "help" in field.metadata
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s: one line, without the usage."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def flag(name: str) -> str:
+    """The long command-line flag of an option."""
+    return _flags(name)[-1]
+
+
+def _flags(name: str) -> tuple[str, ...]:
+    return _FLAGS.get(name, ("--" + name.replace("_", "-"),))
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Turn a `ValueError` about options into a `UserError` that names their flags."""
+    try:
+        yield
+    except ValueError as error:
+        message = re.sub("`(.+?)`", lambda m: flag(m[1]) if m[1] in OPTIONS else m[0], str(error))
+        raise UserError(message) from error
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--preset` and all options of `RunConfig`; the result holds only those given."""
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="a named setting; options given as well override it",
+    )
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `RunConfig`, in groups; the result holds only those given."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, field in OPTIONS.items():
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_option(groups[title], name, field)
+
+
+def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Field[Any]) -> None:
+    help, choices = field.metadata["help"], field.metadata["choices"]
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    if name == "likelihood":
+        help, choices, default = _LIKELIHOOD_HELP, ("auto", *choices), "auto"
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    settings: dict[str, Any] = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "help": f"{help} (default: {shown!s})".replace("%", "%%"),
+    }
+    if field.type is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.type) is list:
+        settings |= {"nargs": "+", "type": get_args(field.type)[0], "metavar": "N"}
+    elif choices:
+        settings["choices"] = choices
+    else:
+        settings |= {"type": field.type, "metavar": "TEXT" if field.type is str else "N"}
+    group.add_argument(*_flags(name), **settings)
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `RunConfig` that the command line gave itself, without the preset's."""
+    return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
+
+
+def config_from(arguments: argparse.Namespace) -> RunConfig:
+    """The defaults, overridden by the preset, overridden by the options given."""
+    preset = PRESETS[arguments.preset] if arguments.preset else {}
+    return config_of(preset | given_options(arguments))
+
+
+def config_of(options: dict[str, Any]) -> RunConfig:
+    """`RunConfig.of` whose errors name the command line's flags; raises `UserError`."""
+    with as_user_errors():
+        return RunConfig.of(**options)

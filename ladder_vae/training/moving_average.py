@@ -1,0 +1,56 @@
+"""Exponential moving average of the weights."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MovingAverage:
+    """Exponential moving average of a module's parameters and floating-point buffers.
+
+    `module` is the averaged copy. The decay rises to `decay` over the first updates, as
+    (1 + n) / (10 + n), so that the average does not remember the initial weights.
+    """
+
+    def __init__(self, source: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(source).requires_grad_(False).eval()
+        self.decay = decay
+        pairs = list(zip(_tensors(self.module), _tensors(source), strict=True))
+        self._floats = [(a, s) for a, s in pairs if a.is_floating_point()]
+        self._counters = [(a, s) for a, s in pairs if not a.is_floating_point()]
+        # On the device, where it is known whether an update counts.
+        self.updates = torch.zeros((), dtype=torch.int64, device=pairs[0][0].device)
+
+    @torch.no_grad()
+    def update(self, good: Tensor | None = None) -> None:
+        """Move the average towards the source's present weights.
+
+        Where `good`, a 0-dimensional boolean tensor, is false, it stays; the weights must be finite
+        all the same.
+        """
+        n = self.updates.double()
+        share = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
+        if good is not None:
+            share = share * good
+        averages, sources = zip(*self._floats, strict=True)
+        steps = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(steps, share.float())
+        torch._foreach_add_(averages, steps)
+        for counter, source in self._counters:
+            counter.copy_(source)
+        self.updates += 1 if good is None else good
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averaged weights and how many updates they have seen."""
+        return {"weights": self.module.state_dict(), "updates": int(self.updates)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over another average's state."""
+        self.module.load_state_dict(state["weights"])
+        self.updates.fill_(state["updates"])
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]

@@ -1,0 +1,353 @@
+"""The bound against evidence that is known: ladders small enough to integrate their latents out.
+
+A linear ladder with Gaussian pixels has a Gaussian p(x) in closed form, and a ladder with two
+scalar latents is integrated on a grid, whatever its networks and its likelihood are. Model, guide
+and estimator are the real ones.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.testing import assert_close
+
+from datasets import ImageSet
+from guide import LadderGuide, build_ladder
+from ladder_vae.evaluation.importance import Bounds, importance_weighted_bounds
+from ladder_vae.evaluation.pareto import UNRELIABLE
+from ladder_vae.networks import LadderConfig
+from model import LadderModel, normal_from
+
+SAMPLES = [1, 4, 16, 64, 256]
+
+
+class GivenImages(ImageSet):
+    """Images with pixels of any value."""
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self._stored[index]
+
+
+class Solved(NamedTuple):
+    """A ladder in evaluation mode, images, and what log p(x) is."""
+
+    model: LadderModel
+    guide: LadderGuide
+    images: ImageSet
+    evidence: Tensor  # (N,), nats, float64
+
+    def bounds(self, samples: list[int], batch_size: int = 4096) -> Bounds:
+        index = torch.arange(len(self.images))
+        return importance_weighted_bounds(
+            self.model, self.guide, self.images, index, samples, batch_size=batch_size, seed=1
+        )
+
+
+def made(
+    z_dims: list[int], image_shape: tuple[int, int, int], likelihood: str, gain: float
+) -> tuple[Any, Any]:
+    """A ladder with skip connections, whose guide is not far from its priors.
+
+    `gain` is how much its latents matter.
+    """
+    config = LadderConfig(
+        z_dims=z_dims,
+        downsample=[0] * len(z_dims),
+        n_filters=3,
+        blocks_per_layer=1,
+        initial_downscaling=False,
+        skip=True,
+        likelihood=likelihood,
+        dataset="cifar10" if likelihood == "gaussian" else "static_mnist",
+    )
+    model: Any
+    guide: Any
+    model, guide = build_ladder(config, image_shape)
+    with torch.no_grad():
+        model.top_prior.mean_log_variance.normal_(0, 0.3)
+        for conv in (*(layer.expand for layer in model.layers), model.likelihood.conv):
+            conv.weight.mul_(gain)
+        for posterior in (guide.top_posterior, *guide.posteriors):
+            posterior.conv.weight.mul_(0.3)
+            # Wider than the exact posterior, so that the weights' variance is finite.
+            posterior.conv.bias.chunk(2)[1].add_(0.5)
+    return model.eval(), guide.eval()
+
+
+# --- Linear ladders with Gaussian pixels ---
+
+
+def linearise(model: Any) -> None:
+    """Make all means linear in the latents, and all variances constant."""
+    for layer in model.layers:
+        layer.blocks = nn.Identity()
+        if layer.skip is not None:
+            layer.skip.residual = nn.Identity()
+    model.decoder.blocks = nn.Identity()
+    with torch.no_grad():
+        for conv in (*(prior.conv for prior in model.priors), model.likelihood.conv):
+            conv.weight.chunk(2)[1].zero_()  # the log-variances
+
+
+class Noise(Messenger):
+    """Draws the variables called `names` from noise (n, all of their elements), side by side."""
+
+    def __init__(self, names: list[str], noise: Tensor) -> None:
+        super().__init__()
+        self.names = names
+        self.noise = noise
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.names:
+            normal = msg["fn"].base_dist
+            count = normal.loc[0].numel()
+            eps, self.noise = self.noise[:, :count], self.noise[:, count:]
+            msg["value"] = normal.loc + normal.scale * eps.view_as(normal.loc)
+            msg["done"] = True
+
+
+def joint_normal(model: LadderModel) -> MultivariateNormal:
+    """The joint distribution of all latents from the top, and then the pixels, in one row.
+
+    Every variable is mean(those above) + scale * noise; with linear means all of them are linear
+    in all the noise, and so known from where zero noise and the unit vectors lead.
+    """
+    double = copy.deepcopy(model).double()
+    names = [*(f"z_{i}" for i in range(len(model.layers), 0, -1)), "x"]
+
+    def variables(noise: Tensor) -> Tensor:
+        """(n, variables) from the noise of each."""
+        with torch.no_grad(), Noise(names, noise):
+            trace = poutine.trace(double).get_trace(n=len(noise))
+        return torch.cat([trace.nodes[name]["value"].flatten(1) for name in names], 1)
+
+    nodes = poutine.trace(double).get_trace(n=1).nodes
+    count = sum(nodes[name]["value"].numel() for name in names)
+    mean = variables(torch.zeros(1, count).double())
+    columns = variables(torch.eye(count).double()) - mean  # row i: where unit vector i leads
+    some = torch.randn(5, count).double()
+    assert_close(variables(some), mean + some @ columns)  # it is linear
+    return MultivariateNormal(mean[0], columns.T @ columns)
+
+
+def marginal(joint: MultivariateNormal, last: int) -> MultivariateNormal:
+    """Of the last so many variables."""
+    return MultivariateNormal(joint.loc[-last:], joint.covariance_matrix[-last:, -last:])
+
+
+def linear_ladder(
+    z_dims: list[int], image_shape: tuple[int, int, int], n: int, gain: float
+) -> Solved:
+    """With images that the model has drawn itself."""
+    model, guide = made(z_dims, image_shape, "gaussian", gain)
+    linearise(model)
+    with torch.no_grad():
+        x = model(n=n)
+    pixels = marginal(joint_normal(model), x[0].numel())
+    images = GivenImages("made", "test", image_shape, x)
+    return Solved(model, guide, images, pixels.log_prob(x.flatten(1).double()))
+
+
+# --- Ladders with two scalar latents ---
+
+
+def integrated_evidence(model: LadderModel, x: Tensor) -> Tensor:
+    """log p(x) (N,), by the trapezoidal rule on a grid of both latents, in double precision."""
+    double = copy.deepcopy(model).double()
+    points = torch.linspace(-14, 14, 201, dtype=torch.float64)
+    grid = torch.cartesian_prod(points, points).view(-1, 2, 1, 1, 1)  # (G, 2, 1, 1, 1)
+    z = {"z_2": grid[:, 0], "z_1": grid[:, 1]}
+    with torch.no_grad():
+        trace = poutine.trace(poutine.condition(double, z)).get_trace(n=len(grid))
+    trace.compute_log_prob()
+    prior = trace.nodes["z_2"]["log_prob"] + trace.nodes["z_1"]["log_prob"]  # (G,)
+    cell = 2 * math.log(points[1] - points[0])
+    likelihood = trace.nodes["x"]["fn"]
+    sums = [(prior + likelihood.log_prob(image)).logsumexp(0) for image in x.double()]
+    return torch.stack(sums) + cell
+
+
+def bernoulli_ladder() -> Solved:
+    """With all eight images of three binary pixels, each fifty times."""
+    model, guide = made([1, 1], (3, 1, 1), "bernoulli", gain=5)
+    with torch.no_grad():  # three pixels tell so little that only a shift makes a gap
+        for posterior in (guide.top_posterior, *guide.posteriors):
+            posterior.conv.bias[0].add_(0.7)
+    x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3))).view(8, 3, 1, 1)
+    evidence = integrated_evidence(model, x)
+    assert evidence.exp().sum().item() == pytest.approx(1, abs=1e-9)
+    images = GivenImages("made", "test", (3, 1, 1), x.repeat(50, 1, 1, 1))
+    return Solved(model, guide, images, evidence.repeat(50))
+
+
+def test_both_ways_to_the_evidence_agree() -> None:
+    """The grid and the closed form, on a linear ladder with two scalar latents."""
+    solved = linear_ladder([1, 1], (3, 1, 1), 4, gain=5)
+    found = integrated_evidence(solved.model, solved.images.batch(torch.arange(4)))
+    assert_close(found, solved.evidence, rtol=0, atol=1e-6)
+
+
+# --- Any guide: a bound that rises to the evidence ---
+
+
+@pytest.fixture(
+    scope="module",
+    params=[lambda: linear_ladder([1, 2, 1], (1, 2, 2), 200, gain=1.5), bernoulli_ladder],
+    ids=["linear", "bernoulli"],
+)
+def scored(request: pytest.FixtureRequest) -> tuple[Tensor, Bounds]:
+    """log p(x) (N,) and the bounds on it, with a guide that nobody trained."""
+    torch.manual_seed(3)
+    make: Callable[[], Solved] = request.param
+    solved = make()
+    return solved.evidence, solved.bounds(SAMPLES)
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+def test_the_bound_rises_with_the_number_of_samples(scored: tuple[Tensor, Bounds]) -> None:
+    """From the ELBO, which is well below, and significantly where K grows enough."""
+    evidence, bounds = scored
+    found = bounds.importance_weighted
+    gap, error = mean_and_error(evidence - bounds.elbo)
+    assert gap > 0.5
+    assert error < 0.02
+    difference, error = mean_and_error(bounds.elbo - found[1])  # which is the ELBO of one sample
+    assert abs(difference) < 4 * error
+    for fewer, more in itertools.pairwise(SAMPLES):
+        assert found[more].mean() > found[fewer].mean()
+    for fewer, more in ((1, 4), (4, 256)):
+        rise, error = mean_and_error(found[more] - found[fewer])
+        assert rise > 4 * error
+
+
+def test_the_bound_comes_to_the_evidence_from_below(scored: tuple[Tensor, Bounds]) -> None:
+    """At no number of samples above it, and at the most samples no more than 0.02 nats below.
+
+    Either up to four standard errors.
+    """
+    evidence, bounds = scored
+    for k in SAMPLES:
+        mean, error = mean_and_error(bounds.importance_weighted[k] - evidence)
+        assert mean < 4 * error
+    assert error < 0.02
+    assert mean > -0.02 - 4 * error
+
+
+def test_the_weights_are_unbiased(scored: tuple[Tensor, Bounds]) -> None:
+    """The mean of w / p(x) is 1, at any number of samples."""
+    evidence, bounds = scored
+    for k in SAMPLES:
+        mean, error = mean_and_error((bounds.importance_weighted[k] - evidence).exp())
+        assert abs(mean - 1) < 4 * error
+    assert error < 0.03
+
+
+def test_the_elbo_misses_the_evidence_by_its_kl(scored: tuple[Tensor, Bounds]) -> None:
+    """What is below the evidence is the divergence from the posterior: it cannot be negative."""
+    evidence, bounds = scored
+    assert_close(bounds.elbo, bounds.log_likelihood - bounds.kl.sum(1), rtol=0, atol=1e-12)
+    gap = evidence - bounds.elbo  # the mean over 256 samples
+    assert gap.min() > 0
+
+
+# --- The exact posterior: no gap at all ---
+
+
+class Features(nn.Module):
+    """The image itself, for each of two layers."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, x]
+
+
+class ExactGuide(LadderGuide):
+    """q(z_2 | x) q(z_1 | z_2, x), exact for a joint Normal of (z_2, z_1, x)."""
+
+    def __init__(self, model: LadderModel, config: LadderConfig, joint: MultivariateNormal) -> None:
+        super().__init__(model, config, (3, 1, 1))
+        self.bottom_up = Features()  # type: ignore[assignment]
+        self.joint = joint
+
+    def conditional(self, site: int, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance (N, 1) of a variable given the last ones (N, last)."""
+        mean, covariance = self.joint.loc, self.joint.covariance_matrix
+        others = [*range(site), *range(2, 5)]
+        weights = torch.linalg.solve(covariance[others][:, others], covariance[others, site])
+        variance = covariance[site, site] - weights @ covariance[others, site]
+        found = mean[site] + (given.double() - mean[others]) @ weights
+        return found[:, None], variance.log().expand(len(given), 1)
+
+    def get_posterior(self, name: str, prior: Any) -> Any:
+        x = self._features[0].flatten(1)
+        if name == "z_2":
+            found = self.conditional(0, x)
+        else:
+            found = self.conditional(1, torch.cat([self.upstream_value("z_2").flatten(1), x], 1))
+        return normal_from(torch.cat(found, 1).float()[:, :, None, None])
+
+
+@pytest.fixture
+def exact() -> Solved:
+    torch.manual_seed(4)
+    solved = linear_ladder([1, 1], (3, 1, 1), 150, gain=5)
+    config = LadderConfig(z_dims=[1, 1], downsample=[0, 0], n_filters=3, blocks_per_layer=1)
+    guide = ExactGuide(solved.model, config, joint_normal(solved.model)).eval()
+    return solved._replace(guide=guide)
+
+
+def test_the_exact_posterior_leaves_no_gap(exact: Solved) -> None:
+    """Each weight is p(x): the evidence for every K, to single precision, from samples alike."""
+    samples = [1, 2, 7, 100]
+    bounds = exact.bounds(samples)
+    for k in samples:
+        assert_close(bounds.importance_weighted[k], exact.evidence, rtol=0, atol=1e-5)
+    assert_close(bounds.elbo, exact.evidence, rtol=0, atol=1e-5)
+    all_samples = torch.full_like(exact.evidence, 100)
+    assert_close(bounds.effective_samples, all_samples, rtol=1e-8, atol=0)
+    assert (bounds.pareto_k < UNRELIABLE).all()
+    assert bounds.kl.mean(0).min() > 0.01  # though the posterior is not the prior
+
+
+def test_kl_by_layer_is_its_closed_form_in_the_mean(exact: Solved) -> None:
+    """Samples of both layers' KL average to it within four standard errors, bottom first."""
+    assert isinstance(exact.guide, ExactGuide)
+    x = exact.images.batch(torch.arange(len(exact.images))).flatten(1)
+    prior = Normal(*prior_of(exact, None))
+    mean, log_variance = exact.guide.conditional(0, x)
+    top = Normal(mean, (log_variance / 2).exp())
+    expected_top = kl_divergence(top, prior).squeeze(1)
+    # The KL of the layer below is of degree two in z_2: three points of Gauss-Hermite are exact.
+    expected_bottom = torch.zeros_like(expected_top)
+    for point, weight in ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6)):
+        z = top.mean + point * top.stddev  # (N, 1)
+        mean, log_variance = exact.guide.conditional(1, torch.cat([z, x], 1))
+        posterior = Normal(mean, (log_variance / 2).exp())
+        expected_bottom += weight * kl_divergence(posterior, Normal(*prior_of(exact, z))).squeeze(1)
+    bounds = exact.bounds([100])
+    for layer, expected in enumerate((expected_bottom, expected_top)):
+        mean_difference, error = mean_and_error(bounds.kl[:, layer] - expected)
+        assert abs(mean_difference) < 4 * error
+        assert error < 0.1 * expected.mean()
+
+
+def prior_of(solved: Solved, z_2: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and scale of p(z_2), or (N, 1) of p(z_1 | z_2), read off the model in float64."""
+    double = copy.deepcopy(solved.model).double()
+    with torch.no_grad():
+        if z_2 is None:
+            prior = double.top_prior(1)
+        else:
+            prior = double.priors[0](double.layers[1](z_2[:, :, None, None], None))
+    normal = prior.base_dist
+    return normal.loc.flatten(1), normal.scale.flatten(1)

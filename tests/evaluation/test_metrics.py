@@ -1,0 +1,209 @@
+"""Figures from bounds that are known: exact means and errors, JSON, the table and per_image.npz."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ladder_vae.evaluation.importance import Bounds
+from ladder_vae.evaluation.metrics import (
+    bits_per_dim,
+    curve_samples,
+    metrics,
+    standard_error,
+    table,
+    warning,
+    write_per_image,
+)
+from runtime.files import to_json, write_json
+
+SHAPE = (1, 2, 2)
+
+
+def doubles(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def made_bounds(**changes: Any) -> Bounds:
+    """Of three images and two layers, at K = 1, 2, 4."""
+    figures: dict[str, Any] = {
+        "elbo": doubles(-4, -6, -8),
+        "importance_weighted": {
+            1: doubles(-4, -5, -9),
+            2: doubles(-3.5, -5, -8),
+            4: doubles(-3, -5, -7),
+        },
+        "log_likelihood": doubles(-1, -2, -3),
+        "kl": torch.tensor([[2.0, 1.0], [3.0, 1.0], [4.0, 1.0]], dtype=torch.float64),
+        "effective_samples": doubles(1, 3.5, 3),
+        "pareto_k": doubles(0.1, 0.75, 0.3),
+    }
+    return Bounds(**(figures | changes))
+
+
+def test_figures_are_exact() -> None:
+    found = metrics(made_bounds(), [1, 4], SHAPE)
+    assert found["elbo"] == 6
+    assert found["iw"] == {"1": 6, "4": 5}
+    assert found["reconstruction"] == 2
+    assert found["kl_per_layer"] == [3, 1]
+    assert found["n_images"] == 3
+    assert found["standard_error"] == pytest.approx(
+        {"elbo": 2 / 3**0.5, "1": 7**0.5 / 3**0.5, "4": 2 / 3**0.5}, rel=1e-14
+    )
+    bits = 4 * math.log(2)
+    expected = {"elbo": 6 / bits, "1": 6 / bits, "4": 5 / bits}
+    assert found["bits_per_dim"] == pytest.approx(expected, rel=1e-14)
+    assert found["effective_samples"] == {"mean": 2.5, "median": 3, "min": 1}
+    assert found["pareto_k"] == {"median": 0.3, "share_above_0.7": 1 / 3}
+    assert found["curve"]["samples"] == [1, 2, 4]
+    assert found["curve"]["nats"] == [6, 5.5, 5]
+    curve = found["curve"]["standard_error"]
+    assert curve[0] == found["standard_error"]["1"]
+    assert curve[2] == found["standard_error"]["4"]
+
+
+def test_metrics_have_these_names() -> None:
+    assert list(metrics(made_bounds(), [1, 4], SHAPE)) == [
+        "elbo",
+        "iw",
+        "standard_error",
+        "bits_per_dim",
+        "reconstruction",
+        "kl_per_layer",
+        "n_images",
+        "effective_samples",
+        "pareto_k",
+        "warning",
+        "curve",
+    ]
+
+
+def test_bits_per_dim_is_of_pixels_times_channels() -> None:
+    assert bits_per_dim(3072 * math.log(2), (3, 32, 32)) == pytest.approx(1, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("samples", "expected"),
+    [
+        ([1], [1]),
+        ([1, 100], [1, 2, 4, 8, 16, 32, 64, 100]),
+        ([64], [1, 2, 4, 8, 16, 32, 64]),
+        ([3, 5, 6], [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_curve_is_at_all_powers_of_two(samples: list[int], expected: list[int]) -> None:
+    assert curve_samples(samples) == expected
+
+
+def test_one_image_has_no_standard_error() -> None:
+    assert standard_error(doubles(3)) is None
+    assert standard_error(doubles(3, 5)) == pytest.approx(1, rel=1e-15)
+
+
+# --- The warning ---
+
+
+@pytest.mark.parametrize(("above", "of"), [(0, 3), (1, 20), (5, 100)])
+def test_a_few_unreliable_images_are_no_reason_to_warn(above: int, of: int) -> None:
+    k_hat = torch.full((of,), 0.7, dtype=torch.float64)
+    k_hat[:above] = 0.8
+    assert warning(made_bounds(pareto_k=k_hat), 4) is None
+
+
+@pytest.mark.parametrize(("above", "of", "share"), [(2, 20, "10%"), (6, 100, "6%"), (3, 3, "100%")])
+def test_more_unreliable_images_are_told(above: int, of: int, share: str) -> None:
+    k_hat = torch.full((of,), -math.inf, dtype=torch.float64)
+    k_hat[:above] = 0.71
+    bounds = made_bounds(importance_weighted={1000: doubles(-3, -5, -7)}, pareto_k=k_hat)
+    found = warning(bounds, 1000)
+    assert found is not None
+    for part in ("1,000 samples", "lower bound", f"for {share} of the images", "k-hat above 0.7"):
+        assert part in found
+    assert "\n" not in found
+    assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE)["warning"] is not None
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_bound_that_is_not_finite_is_told(value: float) -> None:
+    """Its k-hat, which is none, would say nothing."""
+    bounds = made_bounds(
+        importance_weighted={4: doubles(-3, value, -5)}, pareto_k=doubles(0.1, math.nan, 0.1)
+    )
+    assert warning(bounds, 4) == (
+        "the bound with 4 samples is not finite for 1 of 3 images: the model's weights may have "
+        "diverged, use an earlier checkpoint"
+    )
+
+
+def test_too_few_samples_can_tell_nothing() -> None:
+    bounds = made_bounds(pareto_k=torch.full((3,), torch.nan))
+    assert warning(bounds, 4) is None
+    found = metrics(bounds, [1, 4], SHAPE)
+    assert found["pareto_k"] is None
+    assert "k-hat" not in table(found)
+
+
+# --- Files ---
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    bounds = made_bounds(
+        elbo=doubles(-math.inf, -1, -2),
+        pareto_k=torch.full((3,), -math.inf, dtype=torch.float64),
+    )
+    found = metrics(bounds, [1, 4], SHAPE)
+    write_json(tmp_path / "metrics.json", found)
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    read = json.loads(text)
+    assert read["elbo"] is None
+    assert read["standard_error"]["elbo"] is None
+    assert read["pareto_k"] == {"median": None, "share_above_0.7": 0}
+    assert read["iw"] == {"1": 6, "4": 5}
+    assert json.loads(to_json([math.nan, math.inf, -math.inf, 1.5])) == [None, None, None, 1.5]
+
+
+def test_per_image_figures_are_read_back(tmp_path: Path) -> None:
+    """To the last digit, in the order of the index; no pickle is needed."""
+    bounds = made_bounds(pareto_k=doubles(0.1, math.nan, -math.inf))
+    index = torch.tensor([7, 0, 3])
+    write_per_image(tmp_path / "per_image.npz", bounds, index)
+    with np.load(tmp_path / "per_image.npz", allow_pickle=False) as file:
+        found = dict(file)
+    expected = {
+        "image": [7, 0, 3],
+        "samples": [1, 2, 4],
+        "elbo": [-4, -6, -8],
+        "bound": [[-4, -3.5, -3], [-5, -5, -5], [-9, -8, -7]],
+        "log_likelihood": [-1, -2, -3],
+        "kl": [[2, 1], [3, 1], [4, 1]],
+        "effective_samples": [1, 3.5, 3],
+        "pareto_k": [0.1, math.nan, -math.inf],
+    }
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.array_equal(found[name], np.array(values), equal_nan=True), name
+        whole = name in ("image", "samples")
+        assert found[name].dtype == (np.int64 if whole else np.float64)
+
+
+def test_the_table_is_for_reading() -> None:
+    """`iw` in the order that it has in the file, numbers of samples with a comma."""
+    bounds = made_bounds(
+        importance_weighted={1: doubles(-4, -5, -9), 1000: doubles(-3, -5, -7)},
+        effective_samples=doubles(10, 30, 20),
+    )
+    assert table(metrics(bounds, [1, 1000], SHAPE)).splitlines() == [
+        "negative bound                  nats  std. error  bits/dim",
+        "ELBO                            6.00        1.15     2.164",
+        "1 importance sample             6.00        1.53     2.164",
+        "1,000 importance samples        5.00        1.15     1.803",
+        "KL by layer, bottom to top: 3.00  1.00 nats",
+        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.7 for 33.3% of the images",
+    ]

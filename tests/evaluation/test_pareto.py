@@ -1,0 +1,194 @@
+"""Pareto k-hat: shapes that are known, the published formulas in plain Python, and extremes."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ladder_vae.evaluation.importance import LogWeights
+from ladder_vae.evaluation.pareto import UNRELIABLE, generalized_pareto_shape, pareto_k, tail_length
+
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
+
+
+def k_hat(log_weights: Tensor) -> Tensor:
+    """(N,) from all log-weights (N, K)."""
+    return pareto_k(log_weights.topk(tail_length(log_weights.shape[1]) + 1).values)
+
+
+def generalized_pareto(shape: float, *size: int) -> Tensor:
+    """Draws from the generalized Pareto distribution of scale 1, by its inverse."""
+    u = torch.rand(*size, dtype=torch.float64)
+    return -u.log() if shape == 0 else (u**-shape - 1) / shape
+
+
+# --- The published formulas, number by number ---
+
+
+def plain_shape(numbers: Sequence[float]) -> float:
+    """Zhang and Stephens (2009), section 4, in their notation, where the shape is -k."""
+    x = sorted(numbers)
+    n = len(x)
+    m = 30 + math.floor(math.sqrt(n))
+    quartile = x[math.floor(n / 4 + 0.5) - 1]
+    theta = [1 / x[-1] + (1 - math.sqrt(m / (j - 0.5))) / (3 * quartile) for j in range(1, m + 1)]
+    profile = []
+    for t in theta:
+        k = -sum(math.log1p(-t * value) for value in x) / n
+        profile.append(n * (math.log(t / k) + k - 1))
+    weight = [1 / sum(math.exp(other - mine) for other in profile) for mine in profile]
+    estimate = sum(w * t for w, t in zip(weight, theta, strict=True))
+    shape = sum(math.log1p(-estimate * value) for value in x) / n
+    # Vehtari et al. (2024), appendix C: as if ten more numbers had shown a shape of 0.5.
+    return shape * n / (n + 10) + 0.5 * 10 / (n + 10)
+
+
+def plain_k_hat(log_weights: Sequence[float]) -> float:
+    """Vehtari et al. (2024), section 2.2."""
+    count = len(log_weights)
+    m = math.ceil(min(0.2 * count, 3 * math.sqrt(count)))
+    ordered = sorted(log_weights)
+    weights = [math.exp(value - ordered[-1]) for value in ordered]
+    cutoff = weights[count - m - 1]
+    return plain_shape([weight - cutoff for weight in weights[count - m :]])
+
+
+@pytest.mark.parametrize("samples", [25, 26, 100, 225, 1000, 5000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_k_hat_is_the_published_one(samples: int, spread: float) -> None:
+    log_weights = spread * torch.randn(3, samples, dtype=torch.float64)
+    expected = torch.tensor([plain_k_hat(row) for row in log_weights.tolist()], dtype=torch.float64)
+    assert_close(k_hat(log_weights), expected, **EXACT)
+
+
+def test_the_shape_is_the_published_one() -> None:
+    """Of numbers that anyone can type."""
+    fixed = [0.1, 0.2, 0.4, 0.5, 0.9, 1.7, 3.0, 8.0, 21.0, 90.0]
+    numbers = torch.tensor([fixed, [2 * v for v in fixed]], dtype=torch.float64)
+    found = generalized_pareto_shape(numbers)
+    assert_close(found[0].item(), plain_shape(fixed), **EXACT)
+    assert_close(found[1], found[0], **EXACT)  # the scale says nothing of the shape
+
+
+@pytest.mark.parametrize("shape", [-0.3, 0.0, 0.3, 0.7, 1.2, 3.0])
+def test_the_shape_of_generalized_pareto_numbers_is_found(shape: float) -> None:
+    """Twenty estimates from 4,000 numbers each: their mean within 0.03, and none far off."""
+    numbers = generalized_pareto(shape, 20, 4000).sort(-1).values
+    found = generalized_pareto_shape(numbers)
+    assert found.mean().item() == pytest.approx(shape, abs=0.03)
+    assert (found - shape).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 1.0])
+def test_the_tail_of_pareto_weights_is_found(shape: float) -> None:
+    """Weights w = u^-shape have a tail of that shape above any cutoff."""
+    log_weights = -shape * torch.rand(200, 10_000, dtype=torch.float64).log()
+    assert k_hat(log_weights).mean().item() == pytest.approx(shape, abs=0.03)
+
+
+# --- Tails ---
+
+
+@pytest.mark.parametrize(
+    ("samples", "length"), [(1, 0), (20, 0), (21, 5), (25, 5), (100, 20), (225, 45), (1000, 95)]
+)
+def test_the_length_of_the_tail(samples: int, length: int) -> None:
+    """min(K / 5, 3 sqrt(K)), rounded up; none below five weights."""
+    assert tail_length(samples) == length
+
+
+def test_a_constant_factor_changes_nothing() -> None:
+    """As far as log-weights that large can tell: they are shifted by whole powers of two."""
+    log_weights = torch.randn(4, 200).double()
+    for constant in (4096.0, -131072.0):
+        assert_close(k_hat(log_weights + constant), k_hat(log_weights), **EXACT)
+
+
+def test_the_order_of_the_weights_changes_nothing() -> None:
+    log_weights = torch.randn(4, 200, dtype=torch.float64)
+    assert torch.equal(k_hat(log_weights.flip(1)), k_hat(log_weights))
+
+
+def test_equal_weights_have_no_tail() -> None:
+    log_weights = torch.full((3, 200), -1e5, dtype=torch.float64)
+    log_weights[1, :100] -= 3  # all but the tail: it is the tail that counts
+    assert k_hat(log_weights).tolist() == [-math.inf] * 3
+
+
+@pytest.mark.parametrize("nats", [5.0, 90.0, 7000.0])
+def test_weights_that_are_equal_but_for_rounding_have_no_tail(nats: float) -> None:
+    """In single precision such weights take a few values, and a tail of them is full of ties."""
+    log_weights = -nats * (1 + 1e-7 * torch.randn(20, 300))
+    assert log_weights.dtype == torch.float32
+    assert 1 < len(log_weights.unique()) < 20
+    assert k_hat(log_weights.double()).tolist() == [-math.inf] * 20
+
+
+def test_a_tail_of_ties_is_not_nan() -> None:
+    """A trial value of 0 among those of the fit has no shape."""
+    log_weights = torch.full((1, 1200), -5.0, dtype=torch.float64)
+    log_weights[0, :104] = 0.0
+    assert tail_length(1200) == 104
+    assert k_hat(log_weights).item() < 0  # bounded
+
+
+def test_an_enormous_spread_is_a_heavy_tail() -> None:
+    """Finite, though the smallest weights of the tail are zero beside the largest."""
+    found = k_hat(300 * torch.randn(5, 1000, dtype=torch.float64))
+    assert found.isfinite().all()
+    assert (found > 10 * UNRELIABLE).all()
+
+
+def test_normal_log_weights_get_worse_with_their_spread() -> None:
+    """Log-normal weights have all moments; from 1,000 of them only a small spread can tell."""
+    log_weights = torch.randn(50, 1000, dtype=torch.float64)
+    medians = [k_hat(spread * log_weights).median().item() for spread in (0.3, 1, 2, 4)]
+    assert medians == sorted(medians)
+    assert medians[0] < 0.3
+    assert medians[-1] > UNRELIABLE
+
+
+# --- Log-weights that come a chunk at a time ---
+
+
+def streamed(log_weights: Tensor, samples: Sequence[int], chunk: int) -> LogWeights:
+    weights = LogWeights(len(log_weights), samples)
+    for part in log_weights.split(chunk, 1):
+        weights.add(part)
+    return weights
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 64, 299, 300])
+def test_chunks_of_any_size_give_the_same(chunk: int) -> None:
+    """As one sum over all: bounds and effective samples to 1e-12, k-hat to the last digit."""
+    log_weights = 3 * torch.randn(6, 300, dtype=torch.float64) - 1e3
+    samples = [1, 5, 64, 65, 300]
+    weights = streamed(log_weights, samples, chunk)
+    assert list(weights.bounds) == samples
+    for k, bound in weights.bounds.items():
+        assert_close(bound, log_weights[:, :k].logsumexp(1) - math.log(k), rtol=0, atol=1e-12 * 1e3)
+    w = (log_weights - log_weights.amax(1, keepdim=True)).exp()
+    expected = w.sum(1) ** 2 / (w**2).sum(1)
+    assert_close(weights.effective_samples(), expected, rtol=1e-10, atol=0)
+    assert torch.equal(weights.pareto_k(), k_hat(log_weights))
+
+
+@pytest.mark.parametrize("chunk", [1, 33, 100])
+def test_effective_samples_at_both_ends(chunk: int) -> None:
+    """K for equal weights and 1 for one that dominates, where the weights themselves underflow."""
+    log_weights = torch.full((2, 100), -1e5, dtype=torch.float64)
+    log_weights[1, 42] += 1e3
+    weights = streamed(log_weights, [100], chunk)
+    assert weights.effective_samples()[0].item() == pytest.approx(100, rel=1e-9)
+    assert weights.effective_samples()[1].item() == pytest.approx(1, rel=1e-9)
+    assert weights.bounds[100][0].item() == pytest.approx(-1e5, abs=1e-9)
+    assert weights.bounds[100][1].item() == pytest.approx(-99e3 - math.log(100), abs=1e-9)
+
+
+def test_too_few_samples_have_no_k_hat() -> None:
+    assert streamed(torch.randn(2, 20).double(), [20], 6).pareto_k().isnan().all()
+    assert streamed(torch.randn(2, 21).double(), [21], 6).pareto_k().isfinite().all()

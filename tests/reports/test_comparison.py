@@ -1,0 +1,288 @@
+"""Several runs in one table: what it says, which figures it compares, and what it refuses."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ladder_vae.reports.comparison import (
+    Scored,
+    columns,
+    compare,
+    evaluation_folder,
+    evaluation_folders,
+    markdown,
+)
+from runtime.errors import UserError
+
+RESULTS = Path(__file__).parent.parent / "results"
+HERE = {"commit": "abc", "machine": "a GPU"}
+
+
+def figures(elbo: float, hundred: float | None = None, **changes: Any) -> dict[str, Any]:
+    """The content of a metrics.json, of the whole test set of digits unless told."""
+    bounds = {"elbo": elbo} | ({} if hundred is None else {"100": hundred})
+    content = {
+        "elbo": elbo,
+        "iw": {k: bound for k, bound in bounds.items() if k != "elbo"},
+        "standard_error": dict.fromkeys(bounds, 0.25),
+        "bits_per_dim": {k: bound / 1000 for k, bound in bounds.items()},
+        "kl_per_layer": [3.0, 1.5],
+        "n_images": 297,
+        "limit": None,
+        "dataset": "digits",
+        "split": "test",
+        "step": 800,
+        "weights": "last",
+        "seed": 0,
+        "layers": 2,
+        "parameters": 12345,
+        "trained": HERE,
+        "provenance": HERE,
+    }
+    return content | changes
+
+
+def evaluated(folder: Path, content: Any, step: int = 800) -> Path:
+    """A run folder with an evaluation."""
+    file = folder / "eval" / str(step) / "metrics.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths lead into a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def row_of(table: str, name: str) -> list[str]:
+    """The cells of a run's row."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# --- The table ---
+
+
+def test_the_table_says_this() -> None:
+    evaluated(Path("runs/b"), figures(23.5, 22.9))
+    evaluated(Path("runs/a"), figures(23.25, layers=12, step=1200, weights="average", minutes=61.5))
+    other = {"commit": "def", "machine": "a CPU, 2 threads"}
+    colour = {"dataset": "cifar10", "limit": 1000, "n_images": 1000, "provenance": other}
+    evaluated(Path("runs/c"), figures(7128.4, 7068.2, standard_error={"elbo": 15.2}, **colour))
+    assert (
+        compare([Path("runs/b"), Path("runs/a"), Path("runs/c")], Path("out"))
+        == """\
+Negative bounds on the log-likelihood in nats ± standard error over the images (bits per \
+dimension in brackets); lower is better, the best of the same images is in bold.
+
+| run    | data                  | layers | parameters |  step | weights |             ELBO |  100 samples |   KL | minutes | obtained on                                               |
+| ------ | --------------------- | -----: | ---------: | ----: | ------- | ---------------: | -----------: | ---: | ------: | --------------------------------------------------------- |
+| runs/b | digits                |      2 |     12,345 |   800 | last    |     23.50 ± 0.25 | 22.90 ± 0.25 | 4.50 |         | a GPU, commit abc                                         |
+| runs/a | digits                |     12 |     12,345 | 1,200 | average | **23.25 ± 0.25** |              | 4.50 |    61.5 | a GPU, commit abc                                         |
+| runs/c | cifar10, 1,000 images |      2 |     12,345 |   800 | last    | 7128 ± 15 (7.13) |  7068 (7.07) | 4.50 |         | a GPU, commit abc; scored on a CPU, 2 threads, commit def |
+
+Rows of different images cannot be compared: digits; cifar10, 1,000 images.
+"""  # noqa: E501
+    )
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "comparison.csv",
+        "comparison.md",
+    ]
+
+
+def test_the_files_hold_the_table_and_the_figures() -> None:
+    evaluated(Path("a"), figures(81.123456789, 79.0))
+    sparse = figures(82.5, standard_error={}, bits_per_dim={}, trained=None, seed=None)
+    evaluated(Path("b, too"), sparse | {"iw": {"1000": 78.25, "5": 80.0}})
+    text = compare([Path("a"), Path("b, too")], Path())
+    assert Path("comparison.md").read_text() == text
+    header, *lines = csv.reader(Path("comparison.csv").read_text().splitlines())
+    bounds = [f"negative_bound_{k}_samples" for k in (5, 100, 1000)]
+    assert header == [
+        *("run", "dataset", "split", "n_images", "limit", "seed"),
+        *("layers", "parameters", "step", "weights"),
+        *(
+            f"{name}{kind}"
+            for name in ("negative_elbo", *bounds)
+            for kind in ("", "_standard_error", "_bits_per_dim")
+        ),
+        *("kl", "minutes"),
+        *("trained_commit", "trained_machine", "scored_commit", "scored_machine"),
+    ]
+    first, second = (dict(zip(header, line, strict=True)) for line in lines)
+    assert first["run"] == "a"
+    assert float(first["negative_elbo"]) == 81.123456789  # in full
+    assert float(first["negative_elbo_bits_per_dim"]) == 81.123456789 / 1000
+    assert first["negative_bound_1000_samples"] == ""
+    assert second["run"] == "b, too"
+    assert second["negative_elbo_standard_error"] == second["seed"] == ""
+    assert [second[name] for name in bounds] == ["80.0", "", "78.25"]
+    assert (second["kl"], second["parameters"]) == ("4.5", "12345")
+    assert (second["trained_commit"], second["scored_machine"]) == ("", "a GPU")
+
+
+def test_a_name_cannot_break_the_table() -> None:
+    evaluated(Path("a|b\nc"), figures(1.0))
+    (line,) = compare([Path("a|b\nc")], Path()).splitlines()[4:]
+    assert line.startswith("| a\\|b c | digits | ")
+
+
+def test_columns_that_nobody_fills_are_left_out() -> None:
+    runs = [Scored("a", figures(1.0, seed=None)), Scored("b", figures(2.0))]
+    headers = [column.header for column in columns(runs, ("run", "minutes", "bounds"))]
+    assert headers == ["run", "ELBO"]
+
+
+# --- What is compared ---
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "bold"),
+    [
+        ({}, {}, {1}),
+        ({"split": "valid"}, {}, set()),
+        ({"dataset": "mnist"}, {}, set()),
+        ({"n_images": 100, "limit": 100}, {}, set()),
+        ({"n_images": 100, "limit": 100}, {"n_images": 100, "limit": 100}, {1}),
+        # The seed chooses a subset, of the whole set only the noise.
+        ({"n_images": 100, "limit": 100, "seed": 1}, {"n_images": 100, "limit": 100}, set()),
+        ({"seed": 1}, {}, {1}),
+        ({"limit": 297, "seed": 1}, {}, {1}),
+        ({"elbo": 23.001}, {"elbo": 22.999}, {0, 1}),  # alike in the table
+        ({"elbo": None}, {}, set()),
+    ],
+)
+def test_the_best_of_the_same_images_is_bold(
+    first: dict[str, Any], second: dict[str, Any], bold: set[int]
+) -> None:
+    runs = [Scored("a", figures(24.0) | first), Scored("b", figures(23.0) | second)]
+    (column,) = columns(runs, ("bounds",))
+    assert column.best == bold
+    cells = [line.strip("| ") for line in markdown([column]).splitlines()[2:]]
+    assert [cell.startswith("**") for cell in cells] == [row in bold for row in (0, 1)]
+
+
+def test_subsets_are_known_in_files_that_do_not_say_so() -> None:
+    """Files without a limit are of all images where another says that these are all."""
+    old = figures(23.0)
+    del old["limit"]
+    assert columns([Scored("old", old)], ("data",))[0].cells == ["digits, 297 images"]
+    both = [Scored("old", old), Scored("new", figures(24.0))]
+    assert columns(both, ("data",))[0].cells == ["digits", "digits"]
+    other = Scored("seed 3", old | {"split": "valid", "seed": 3})
+    assert columns([other], ("data",))[0].cells == ["digits, valid, 297 images of seed 3"]
+
+
+def test_no_note_where_all_rows_can_be_compared() -> None:
+    evaluated(Path("a"), figures(1.0))
+    evaluated(Path("b"), figures(2.0))
+    assert "cannot be compared" not in compare([Path("a"), Path("b")], Path())
+
+
+# --- Where the figures are ---
+
+
+def test_the_newest_evaluation_counts() -> None:
+    """The newest by its step, and no other folder beside the steps."""
+    for step in (900, 1000):
+        evaluated(Path("run"), figures(float(step), step=step), step)
+    shutil.copytree("run/eval/900", "run/eval/2000-other")
+    assert Scored.read(Path("run")).bound("elbo") == 1000.0
+    assert Scored.read(Path("run/eval/900")).bound("elbo") == 900.0
+    assert Scored.read(Path("run/eval/900/metrics.json")).name == "run/eval/900/metrics.json"
+
+
+def test_each_split_has_an_evaluation_of_its_own() -> None:
+    """The newest by its step counts, whatever its split; of one step, that of the test set."""
+    run = Path("run")
+    for step, split, elbo in ((900, "test", 4.0), (1000, "valid", 3.0), (1000, "train+valid", 2.0)):
+        file = evaluation_folder(run, step, split) / "metrics.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(figures(elbo, step=step, split=split)))
+    assert [folder.name for folder in evaluation_folders(run)] == [
+        *("900", "1000-train+valid", "1000-valid")
+    ]
+    assert Scored.read(run).bound("elbo") == 3.0
+    evaluated(run, figures(5.0, step=1000), 1000)
+    shutil.copytree(run / "eval" / "1000", run / "eval" / "1000-test")  # no name of ours
+    assert [folder.name for folder in evaluation_folders(run)][-2:] == ["1000-valid", "1000"]
+    assert Scored.read(run).bound("elbo") == 5.0
+
+
+def test_old_figures_are_understood() -> None:
+    """Those in results/, which were written before some entries existed."""
+    seeds = [f"small-static-mnist/seed-{seed}-step-2000" for seed in (1, 2, 42)]
+    paths = [RESULTS / seed / "bound.json" for seed in seeds]
+    table = compare(paths, Path())
+    assert row_of(table, str(paths[1]))[6:10] == [
+        *("**113.78 ± 0.80**", "**113.86 ± 0.83**", "104.87 ± 0.76", "35.63")
+    ]
+    assert row_of(table, str(paths[2]))[8] == "**104.51 ± 0.80**"
+
+
+# --- Refusals ---
+
+
+def lacking(name: str) -> dict[str, Any]:
+    content = figures(1.0)
+    del content[name]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "is damaged: "),
+        ("\udc80", "is damaged: "),
+        ("[1]", "does not hold the figures of an evaluation"),
+        (lacking("elbo"), "lacks elbo; evaluate the run again"),
+        (lacking("kl_per_layer"), "lacks kl_per_layer; evaluate the run again"),
+        (figures(1.0) | {"elbo": "low"}, "is damaged: elbo is 'low'"),
+        (figures(1.0) | {"elbo": True}, "is damaged: elbo is 'True'"),
+        (figures(1.0, iw={"many": 1.0}), "is damaged: iw is "),
+        (figures(1.0, iw={"10": [1.0]}), "is damaged: iw is "),
+        (figures(1.0, kl_per_layer=3.0), "is damaged: kl_per_layer is '3.0'"),
+        (figures(1.0, standard_error={"elbo": "x"}), "is damaged: standard_error is "),
+        (figures(1.0, n_images=None), "is damaged: n_images is 'None'"),
+        (figures(1.0, trained="here"), "is damaged: trained is 'here'"),
+        ("[" * 100_000, "is damaged: "),
+    ],
+)
+def test_damaged_figures_are_refused(content: Any, reason: str) -> None:
+    run = evaluated(Path("run"), "")
+    file = run / "eval/800/metrics.json"
+    text = content if isinstance(content, str) else json.dumps(content)
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as refused:
+        compare([run], Path("out"))
+    assert str(refused.value).startswith(f"{file} {reason}")
+    assert "\n" not in str(refused.value)
+    assert not Path("out").exists()
+
+
+def test_what_has_no_figures_is_refused() -> None:
+    Path("folder").mkdir()
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{}")
+    for name, reason in {
+        "nowhere": "there is no nowhere; give run folders",
+        "folder": "folder is neither a run folder nor an evaluation: it has no config.json and no "
+        "metrics.json",
+        "run": "run has not been evaluated yet; run: python evaluate.py run",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            compare([Path(name)], Path("out"))
+        assert str(refused.value) == reason
+
+
+def test_a_folder_that_cannot_be_written_is_refused() -> None:
+    evaluated(Path("run"), figures(1.0))
+    Path("file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write file/comparison\.md"):
+        compare([Path("run")], Path("file"))

@@ -1,0 +1,236 @@
+"""Read checkpoints trained with the reference implementation of the ladder.
+
+    python reference_checkpoint.py WEIGHTS --out RUN [the options it was trained with]
+
+writes a run folder that evaluate.py scores. WEIGHTS is the reference's state dict, saved by
+`torch.save` (.pt) or as arrays under `state/NAME` (.npz).
+"""
+
+import argparse
+import re
+import zipfile
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import datasets
+from elbo import FreeBitsELBO
+from guide import LadderGuide, build_ladder
+from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.blocks import ResidualBlock
+from ladder_vae.runs.checkpoint import load_tensors, weights_only
+from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.run import Run
+from model import LadderModel
+from runtime.errors import UserError, run_command
+
+# The reference's constructor arguments, where `RunConfig` has another name for them.
+_CASE_NAMES = {
+    "merge_type": "merge_layers",
+    "stochastic_skip": "skip",
+    "res_block_type": "residual_type",
+    "likelihood_form": "likelihood",
+}
+_CPU = torch.device("cpu")
+_ADVICE = "give the options that it was trained with"
+_SAME_NAMES = (
+    "z_dims",
+    "blocks_per_layer",
+    "downsample",
+    "nonlin",
+    "batchnorm",
+    "n_filters",
+    "learn_top_prior",
+    "gated",
+)
+
+
+def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
+    """The `RunConfig` of a network given by the reference's constructor arguments."""
+    values = {name: case[name] for name in _SAME_NAMES if name in case}
+    values |= {ours: case[theirs] for theirs, ours in _CASE_NAMES.items() if theirs in case}
+    values["dropout"] = case.get("dropout") or 0.0
+    values["initial_downscaling"] = not case.get("no_initial_downscaling", False)
+    return LadderConfig(**values)
+
+
+def from_reference(
+    case: Mapping[str, Any], state_dict: Mapping[str, Any]
+) -> tuple[LadderModel, LadderGuide]:
+    """Model and guide with the reference's weights.
+
+    `case` holds the reference's constructor arguments (`color_ch`, `z_dims`, `img_shape`, ...) and
+    `state_dict` its parameters and batch-norm statistics under the reference's names. Raises
+    `UserError` where the two do not belong together.
+    """
+    model, guide = build_ladder(config_from_case(case), (case["color_ch"], *case["img_shape"]))
+    load_reference_state(model, guide, state_dict)
+    return model, guide
+
+
+def load_reference_state(
+    model: LadderModel, guide: LadderGuide, state_dict: Mapping[str, Any]
+) -> None:
+    """Copy the reference's state dict into a model and guide of the same architecture."""
+    for name, tensor in reference_tensors(model, guide, state_dict.keys()).items():
+        value = torch.as_tensor(state_dict[name])
+        if value.shape != tensor.shape:
+            raise UserError(
+                f"{name} has shape {tuple(value.shape)} in the reference's weights but "
+                f"{tuple(tensor.shape)} by the options; {_ADVICE}"
+            )
+        with torch.no_grad():
+            tensor.copy_(value)
+
+
+def reference_tensors(
+    model: LadderModel, guide: LadderGuide, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Our parameters and statistics by the `names` that the reference's state dict gives them.
+
+    Raises `UserError` unless names and tensors match one to one.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in _modules(model, guide):
+        tensors |= _named_tensors(prefix, module, names)
+    top = f"top_down_layers.{len(model.layers) - 1}.top_prior_params"
+    tensors[top] = model.top_prior.mean_log_variance
+    for name in sorted(tensors.keys() - set(names)):
+        raise UserError(f"the reference's weights lack {name}; {_ADVICE}")
+    for name in sorted(set(names) - tensors.keys()):
+        raise UserError(
+            f"the network described by the options has no place for the weights {name}; {_ADVICE}"
+        )
+    return tensors
+
+
+def _modules(model: Any, guide: Any) -> Iterable[tuple[str, nn.Module]]:
+    """Pairs of (the reference's prefix, our module) that hold the same parameters."""
+    yield "first_bottom_up.0", guide.bottom_up.stem[0]
+    yield "first_bottom_up.2.res", guide.bottom_up.stem[2]
+    for i, blocks in enumerate(guide.bottom_up.layers):
+        yield from _blocks(f"bottom_up_layers.{i}.net", blocks)
+    posteriors = [*guide.posteriors, guide.top_posterior]
+    for i, (layer, posterior) in enumerate(zip(model.layers, posteriors, strict=True)):
+        prefix = f"top_down_layers.{i}"
+        yield f"{prefix}.stochastic.conv_in_q", posterior.conv
+        yield f"{prefix}.stochastic.conv_out", layer.expand
+        yield from _blocks(f"{prefix}.deterministic_block", layer.blocks)
+        if posterior is not guide.top_posterior:
+            yield f"{prefix}.stochastic.conv_in_p", model.priors[i].conv
+            yield from _merge(f"{prefix}.merge.layer", posterior.merge)
+        if layer.skip is not None:
+            yield from _merge(f"{prefix}.skip_connection_merger.layer", layer.skip)
+    # The reference's bilinear upsampling, where there is one, takes the first place.
+    offset = 0 if isinstance(model.decoder.upsample, nn.Identity) else 1
+    yield from _blocks("final_top_down", model.decoder.blocks, offset)
+    yield "likelihood.parameter_net", model.likelihood.conv
+
+
+def _blocks(prefix: str, blocks: nn.Sequential, offset: int = 0) -> Iterable[tuple[str, nn.Module]]:
+    # The reference counts a resampling convolution with the residual block that follows it.
+    i = offset
+    for module in blocks:
+        if isinstance(module, ResidualBlock):
+            yield f"{prefix}.{i}.res", module
+            i += 1
+        else:
+            yield f"{prefix}.{i}.pre_conv", module
+
+
+def _merge(prefix: str, merge: Any) -> Iterable[tuple[str, nn.Module]]:
+    if isinstance(merge.residual, nn.Identity):
+        yield prefix, merge.conv
+    else:
+        yield f"{prefix}.0", merge.conv
+        yield f"{prefix}.1", merge.residual
+
+
+def _named_tensors(prefix: str, module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of `module`, which the reference calls `prefix`, by the reference's names."""
+    if not isinstance(module, ResidualBlock):
+        state = module.state_dict(keep_vars=True)
+        return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+    # Layers of a residual block are matched in order, for their numbers depend on which layers
+    # without parameters there are.
+    pattern = re.compile(re.escape(prefix) + r"\.block\.(\d+)\.")
+    numbers = sorted({int(match[1]) for name in names if (match := pattern.match(name))})
+    layers = [layer for layer in module.block if layer.state_dict()]
+    if len(numbers) != len(layers):
+        raise UserError(
+            f"the reference's weights have {len(numbers)} layers in {prefix}, the network "
+            f"described by the options {len(layers)}; {_ADVICE}"
+        )
+    tensors: dict[str, Tensor] = {}
+    for number, layer in zip(numbers, layers, strict=True):
+        tensors |= _named_tensors(f"{prefix}.block.{number}", layer, names)
+    return tensors
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a .npz file (names under `state/`) or in one saved by torch.save.
+
+    Raises `UserError` where there is none.
+    """
+    content = _read_arrays(path) if path.suffix == ".npz" else load_tensors(path, path, _CPU)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} does not hold the reference's weights: it is no state dict")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{path} does not hold the reference's weights: {name!r} is no tensor")
+    return content
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    prefix = "state/"
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {
+                name.removeprefix(prefix): torch.from_numpy(arrays[name])
+                for name in arrays.files
+                if name.startswith(prefix)
+            }
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged or not an .npz file of arrays: {reason}") from None
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="reference_checkpoint.py",
+        description="Make a run folder of weights trained with the reference implementation.",
+    )
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="state dict, .pt or .npz")
+    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
+    parser.add_argument(
+        "--step", type=int, default=0, help="training steps the weights have seen (default: 0)"
+    )
+    add_options(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.step < 0:
+        raise UserError(f"--step is {arguments.step}; it must not be negative")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    config = config_from(arguments)
+    image_shape = datasets.image_shape(config.dataset)
+    model, guide = build_ladder(config.ladder, image_shape)
+    load_reference_state(model, guide, read_weights(arguments.weights))
+    run = Run.create(arguments.out, config, image_shape, {"imported_from": arguments.weights.name})
+    weights = FreeBitsELBO()(model, guide).state_dict()
+    # Weights alone: they can be evaluated, not trained further.
+    run.save_checkpoint(arguments.step, weights_only(weights))
+    print(f"run folder {run.path}; score it with: python evaluate.py {run.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
+from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 from ladder_vae.runs.provenance import provenance
 from runtime.device import choose_device
 from runtime.errors import UserError, run_command

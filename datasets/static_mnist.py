@@ -63,5 +63,5 @@ def pack_amat(path: Path) -> np.ndarray:
 
     A row is an image's 784 digits 0 or 1, separated by single spaces, and a newline.
     """
-    text = np.fromfile(path, np.uint8).reshape(-1, 784, 2)  # a digit, and what separates it
+    text = np.fromfile(path, np.uint8).reshape(-1, 784, 2)  # a digit and its separator
     return np.packbits(text[:, :, 0] == ord("1"), axis=1)

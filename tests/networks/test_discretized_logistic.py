@@ -13,7 +13,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.testing import assert_close
 
-from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
+from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
 LEVELS = torch.arange(256) / 255
 FLOOR = 1e-7  # what the discretized logistic adds to each mass

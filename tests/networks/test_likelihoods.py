@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from elbo import FreeBitsELBO
 from ladder_vae.evaluation.sampling import prior_samples, reconstructions
-from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
+from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 from ladder_vae.networks.likelihoods import LIKELIHOODS
 from ladder_vae.reports.image_grids import reconstruction_grid, sample_grid
 from runtime.errors import UserError

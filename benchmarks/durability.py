@@ -2,11 +2,12 @@
 
     python -m benchmarks.durability [--kills 20] [--seed 0]
 
-Trains a tiny ladder in a process that is killed at random moments and resumed each time; the result
-must equal that of an undisturbed run, bit for bit. The same with two processes that share each
-batch: one of them is killed, and the other ends. Damages checkpoints at random places, each of which
-must be detected. Trains on a small file system that fills up and is cleared again, if this user may
-mount one. Runs the tests with random input and counts their cases. Writes results/durability.json.
+Trains a tiny ladder in a process that is killed at random moments and resumed each time; the
+result must equal that of an undisturbed run, bit for bit. The same with two processes that share
+each batch: one of them is killed, and the other ends. Damages checkpoints at random places, all of
+which must be detected. Trains on a small file system that fills up and is cleared again, if this
+user may mount one. Runs the tests with random input and counts their cases. Writes
+results/durability.json.
 """
 
 import importlib
@@ -28,9 +29,10 @@ from typing import Any
 import torch
 
 import train_svi
-from benchmarks.harness.arguments import at_least, benchmark_parser
+from benchmarks.harness.arguments import benchmark_parser
 from benchmarks.harness.processes import rank_environments as rank_environments
 from benchmarks.harness.records import ROOT
+from evaluate import at_least
 from ladder_vae.runs.checkpoint import Damaged, read_checkpoint
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.provenance import provenance

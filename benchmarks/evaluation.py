@@ -40,7 +40,6 @@ from benchmarks.harness.arguments import (
     add_device,
     add_presets,
     add_repeats,
-    at_least,
     benchmark_parser,
 )
 from benchmarks.harness.lines import Case, Line
@@ -49,13 +48,15 @@ from benchmarks.harness.processes import Timed, median_seconds, processes
 from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
 from datasets import ImageSet
 from datasets.images import ColourImages, PackedImages, Shape
-from guide import build_ladder
+from evaluate import at_least
+from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import Blocks, ImportanceSampler
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
+from model import LadderModel
 from runtime.device import choose_device
 from runtime.errors import run_command
 from runtime.files import write_json
@@ -85,8 +86,10 @@ def random_images(config: RunConfig, shape: Shape, count: int) -> ImageSet:
     return ColourImages(config.dataset, "test", shape, torch.from_numpy(levels))
 
 
-def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSampler:
-    """A sampler for one group of images."""
+def sampler_of(
+    case: Case, samples: int, execution: Execution
+) -> tuple[LadderModel, LadderGuide, ImportanceSampler]:
+    """A pair and its sampler for one group of images."""
     device = torch.device(case.device)
     torch.manual_seed(0)
     model, guide = build_ladder(case.config.ladder, case.image_shape)
@@ -94,7 +97,7 @@ def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSamp
         execution.prepare(module.to(device).eval())
     count = Blocks.of(case.batch_size, samples).images
     images = random_images(case.config, case.image_shape, count).to(device)
-    return ImportanceSampler(
+    sampler = ImportanceSampler(
         model,
         guide,
         images,
@@ -104,6 +107,7 @@ def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSamp
         seed=0,
         execution=execution,
     )
+    return model, guide, sampler
 
 
 class Way(Timed):
@@ -111,7 +115,7 @@ class Way(Timed):
 
     def __init__(self, case: Case, line: Line, samples: int) -> None:
         super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
-        self._sampler = sampler_of(case, samples, line.execution)
+        self._model, self._guide, self._sampler = sampler_of(case, samples, line.execution)
         self._execution = line.execution
         ways: dict[str, Callable[[], object]] = {
             "ours": self.ours,
@@ -134,7 +138,7 @@ class Way(Timed):
             torch.manual_seed(torch_seed(sampler.seed, 0, 0, chunk))  # the sampler's own noise
             with self._execution.autocast(self.device):
                 log_likelihood, kl = plain.ladder_terms(
-                    sampler.model, sampler.guide, x.repeat_interleave(k, 0)
+                    self._model, self._guide, x.repeat_interleave(k, 0)
                 )
             log_w.append((log_likelihood - kl.sum(1)).view(len(x), k).cpu().double())
         return torch.cat(log_w, 1).logsumexp(1) - math.log(sampler.samples[-1])
@@ -145,7 +149,7 @@ class Way(Timed):
         x = self._images()
         for k in self._sampler.blocks.chunks(self._sampler.samples[-1]):
             with self._execution.autocast(self.device):
-                self._sampler.guide.bottom_up(x.repeat_interleave(k, 0))
+                self._guide.bottom_up(x.repeat_interleave(k, 0))
 
     def bounds(self) -> list[float]:
         """The bound of each image in nats; empty for `bottom_up`."""

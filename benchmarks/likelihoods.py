@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.harness.arguments import add_device, add_repeats, at_least, benchmark_parser
+from benchmarks.harness.arguments import add_device, add_repeats, benchmark_parser
 from benchmarks.harness.records import RESULTS
 from benchmarks.harness.timing import medians, seconds
+from evaluate import at_least
 from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
 from ladder_vae.runs.provenance import provenance
 from runtime.device import choose_device

@@ -16,11 +16,12 @@ import pyro
 import torch
 
 import datasets
-from benchmarks.harness.arguments import add_device, add_presets, at_least, benchmark_parser
+from benchmarks.harness.arguments import add_device, add_presets, benchmark_parser
 from benchmarks.harness.memory import GIB, available_memory, peak_bytes
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import RESULTS
 from elbo import FreeBitsELBO
+from evaluate import at_least
 from guide import build_ladder
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS

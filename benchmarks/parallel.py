@@ -25,16 +25,18 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
-from benchmarks.harness.arguments import add_presets, add_repeats, at_least, benchmark_parser
+from benchmarks.harness.arguments import add_presets, add_repeats, benchmark_parser
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import RESULTS
 from elbo import FreeBitsELBO
+from evaluate import at_least
 from guide import build_ladder
 from ladder_vae.networks.initialization import data_dependent_init
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
-from ladder_vae.training.data_parallel import Clock, Replicas
+from ladder_vae.training.data_parallel import Replicas
+from ladder_vae.training.signals import Clock
 from ladder_vae.training.svi import SVI
 from runtime.device import keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks

@@ -5,7 +5,8 @@
 Varies a small ladder in one respect at a time: its number of layers (each with its residual blocks
 and latent, the halvings spread over them), the channels of its feature maps, the height and width
 of its images, the images of a batch. The step and its convolutions alone take turns, both eager, in
-float32 with channels last. Prints a table and writes results/benchmarks/scaling.json and scaling.png.
+float32 with channels last. Prints a table, writes results/benchmarks/scaling.json and draws
+scaling.png beside it.
 """
 
 from collections.abc import Callable, Sequence

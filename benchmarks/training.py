@@ -35,7 +35,6 @@ from benchmarks.harness.arguments import (
     add_device,
     add_presets,
     add_repeats,
-    at_least,
     benchmark_parser,
 )
 from benchmarks.harness.charts import draw_profiles
@@ -44,6 +43,7 @@ from benchmarks.harness.memory import GIB
 from benchmarks.harness.processes import Process, median_seconds, processes
 from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
 from benchmarks.harness.roofline import PEAKS, least_milliseconds, totals
+from evaluate import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance

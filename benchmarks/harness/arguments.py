@@ -2,10 +2,12 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from ladder_vae.runs.command_line import OneLineParser
+from evaluate import at_least
+from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 
 
@@ -14,16 +16,11 @@ def benchmark_parser(module: str, description: str) -> OneLineParser:
     return OneLineParser(prog=f"python -m benchmarks.{module}", description=description)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The argparse type of a whole number that is at least `least`."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    number.__name__ = "int"  # argparse's message says "invalid int value"
-    return number
+def config_of_text(options: str) -> RunConfig:
+    """The configuration given by options as on the command line of train_svi.py."""
+    parser = OneLineParser()
+    add_options(parser)
+    return config_from(parser.parse_args(options.split()))
 
 
 def add_presets(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:

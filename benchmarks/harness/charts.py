@@ -46,8 +46,8 @@ def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure
 def draw_profiles(path: Path, cases: Sequence[Mapping[str, Any]]) -> None:
     """Write a bar for each line: a step's time, divided by kind of operation.
 
-    `cases` are those of training.json. Lines without a profile are skipped; if there is none at all,
-    no file is written. A bar's length is the time of the line's step; its parts are shares of a
+    `cases` are those of training.json. Lines without a profile are skipped; without any profile, no
+    file is written. A bar's length is the time of the line's step; its parts are shares of a
     profiled step. A mark shows the time of the step's convolutions alone, if it was measured.
     """
     shown = [case for case in cases if any("profile_ms" in line for line in case["lines"].values())]

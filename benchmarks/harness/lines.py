@@ -30,8 +30,8 @@ def execution_named(name: str) -> Execution:
     precision, *options = name.split("+")
     if precision not in PRECISIONS or not set(options) <= {"channels_last", "compile"}:
         raise UserError(
-            f"there are no options {name!r}: give a precision ({', '.join(PRECISIONS)}), optionally "
-            "followed by +channels_last and +compile"
+            f"there are no options {name!r}: give a precision ({', '.join(PRECISIONS)}), "
+            "optionally followed by +channels_last and +compile"
         )
     return Execution(
         precision=precision,

@@ -144,9 +144,10 @@ def _kind(path: list[Any], of_forward: dict[int, str]) -> str:
 def times_by_kind(
     step: Callable[[], object], module: nn.Module, *, compiled: bool, steps: int = 3
 ) -> dict[str, float]:
-    """Milliseconds of one `step` by kind of operation, the mean over `steps`; on a GPU of its kernels.
+    """Milliseconds of one `step` by kind of operation, the mean over `steps`.
 
-    `module` is the network that the step runs. Compiled blocks get no hooks.
+    On a GPU this is the time of its kernels. `module` is the network that the step runs; it
+    gets no hooks if its blocks are compiled.
     """
     device = next(module.parameters()).device
     on_gpu = device.type == "cuda"

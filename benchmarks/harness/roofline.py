@@ -1,10 +1,10 @@
 """The roofline of a step: the least time that a GPU can take for its operations and bytes.
 
-Every operation of an eager step is counted, forward and backward: the multiplications and additions
-of convolutions (by PyTorch's own formulas), and the bytes that each operation reads and writes once.
-An operation takes at least the time of its arithmetic at the GPU's peak rate, and at least the time
-of its bytes at the memory's. Passes other than convolutions can be fused with one another, so there
-are two sums: the convolutions alone, and all passes.
+Every operation of an eager step is counted, forward and backward: the multiplications and
+additions of convolutions (by PyTorch's own formulas), and the bytes that each operation reads and
+writes once. An operation takes at least the time of its arithmetic at the GPU's peak rate, and at
+least the time of its bytes at the memory's. Passes other than convolutions can be fused with one
+another, so there are two sums: the convolutions alone, and all passes.
 """
 
 from collections.abc import Iterator

@@ -45,7 +45,7 @@ class RunConfig:
     )
     beta_anneal: int = setting(
         0,
-        "steps over which the KL weight rises from 0 to 1",
+        "steps over which the KL weight increases from 0 to 1",
         check=NOT_NEGATIVE,
         group="objective",
     )
@@ -203,6 +203,11 @@ class RunConfig:
             binary = datasets.is_binary(options.get("dataset", cls.dataset))
             ladder["likelihood"] = "bernoulli" if binary else "discr_log_mix"
         return cls(ladder=LadderConfig(**ladder), **others)
+
+    @property
+    def held_out_split(self) -> str:
+        """The split that evaluations during training use: the test images if no others are left."""
+        return "valid" if self.train_split == "train" else "test"
 
     def options(self) -> dict[str, Any]:
         """All options by name, those of the architecture among them."""

@@ -17,6 +17,7 @@ import torch
 
 import datasets
 from benchmarks.harness.arguments import add_device, add_presets, benchmark_parser
+from benchmarks.harness.lines import svi_on
 from benchmarks.harness.memory import GIB, available_memory, peak_bytes
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import RESULTS
@@ -26,7 +27,6 @@ from guide import build_ladder
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
-from ladder_vae.training.svi import SVI
 from runtime.device import choose_device, keep_freed_memory
 from runtime.errors import run_command
 from runtime.files import write_json
@@ -44,7 +44,7 @@ def peak_memory(preset: str, kind: str, batch_size: int, device: torch.device) -
     x = torch.randint(0, 2, (batch_size, *shape), device=device).float()
     with pyro.validation_enabled(False):
         if kind == "training":
-            svi = SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-4))
+            svi = svi_on(device, loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-4))
             for _ in range(2):  # the optimizer allocates its state in the first
                 svi.step(x)
         else:

@@ -76,8 +76,9 @@ def _step_seconds(ranks: Ranks, preset: str, steps: int) -> list[float]:
     svi = SVI(loss_fn, torch.optim.Adamax(parameters, lr=1e-4), spike=100.0)
     clock = Clock(ranks)
     if ranks.size > 1:
-        svi.replicas = Replicas(loss_fn, ranks, CPU)
-        svi.replicas.warm_up(x)
+        replicas = Replicas(loss_fn, ranks, CPU)
+        replicas.warm_up(x)
+        svi.forward, svi.reduce = replicas.module, replicas.average
     taken = []
     for _ in range(1 + steps):
         start = time.perf_counter()

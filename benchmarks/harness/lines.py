@@ -19,6 +19,7 @@ from guide import build_ladder
 from ladder_vae.networks.precision import PRECISIONS, Execution
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
+from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.svi import SVI
 from runtime.errors import UserError
 
@@ -95,6 +96,20 @@ class Line:
         return f"convolutions/{eager or 'float32'}"
 
 
+def svi_on(
+    device: torch.device,
+    loss_fn: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    execution: Execution = Execution(),  # noqa: B008 (immutable)
+    record: bool = False,
+) -> SVI:
+    """The SVI that training uses on this device."""
+    if device.type == "cuda":
+        return DeviceSVI(loss_fn, optimizer, execution=execution, record=record)
+    return SVI(loss_fn, optimizer, execution=execution)
+
+
 class Steps:
     """A ladder and its training steps on random images (N, C, H, W) of `shape` (C, H, W)."""
 
@@ -122,7 +137,13 @@ class Steps:
     @cached_property
     def _svi(self) -> SVI:
         # Created only if used: on a GPU it changes how the optimizer counts its steps.
-        return SVI(self.loss_fn, self._optimizer, execution=self.execution, recorded=self._recorded)
+        return svi_on(
+            self.device,
+            self.loss_fn,
+            self._optimizer,
+            execution=self.execution,
+            record=self._recorded,
+        )
 
     def ours(self) -> Tensor:
         """A step by `SVI.step`."""

@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ladder_vae.runs.options import RunConfig
+from ladder_vae.training.svi import SVI
 from ladder_vae.training.update_guard import Snapshot
 from runtime.distributed import Ranks
 from runtime.random import torch_seed
@@ -92,6 +93,11 @@ class Replicas:
             for buffer in (module.running_mean, module.running_var)
             if buffer is not None
         ]
+
+    def attach(self, svi: SVI) -> None:
+        """Let `svi` take its steps on all processes together; each sees its part of the batch."""
+        svi.forward = self.module
+        svi.reduce = self.average
 
     def warm_up(self, x: Tensor) -> None:
         """Run a first pass that changes nothing.

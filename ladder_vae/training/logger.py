@@ -22,7 +22,8 @@ from ladder_vae.reports.image_grids import write_png
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.training.held_out import ACTIVE_KL, HeldOutEvaluation, evaluation_mode
-from ladder_vae.training.svi import SVI, StepMeans
+from ladder_vae.training.step_means import StepMeans
+from ladder_vae.training.svi import SVI
 from runtime.distributed import ONE_PROCESS, Ranks
 from runtime.errors import UserError
 from runtime.files import AppendedFile, to_json, write_atomically, writing
@@ -259,7 +260,7 @@ class Logger:
         """Update the progress bar, at most twice a second."""
         self._monitor.advance()
         if self._monitor.shows_bar and time.monotonic() - self._shown > 0.5:
-            means = svi.peek_behind()
+            means = svi.sums.peek_behind()
             if means is not None:
                 self._monitor.show(
                     ELBO=self._formatted(-means.negative_elbo),
@@ -269,7 +270,7 @@ class Logger:
 
     def training_entry(self, step: int, svi: SVI) -> None:
         """Log the means over the steps since the last entry."""
-        rate, means = self._images_per_second(step), svi.read()
+        rate, means = self._images_per_second(step), svi.sums.read()
         values = {
             "train/learning_rate": svi.learning_rate,
             "train/kl_weight": svi.kl_weight,

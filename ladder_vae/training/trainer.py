@@ -21,6 +21,7 @@ from ladder_vae.training.data_parallel import (
     seed_noise,
     synchronised,
 )
+from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.logger import Logger, Monitor
 from ladder_vae.training.moving_average import MovingAverage
 from ladder_vae.training.schedule import Length, is_due, kl_weight, learning_rate
@@ -89,16 +90,16 @@ class Trainer:
             lr=config.lr,
             weight_decay=config.weight_decay,
         )
-        return SVI(
-            self.loss_fn,
-            optimizer,
-            clip_norm=config.grad_clip,
-            skip_norm=config.grad_skip,
-            spike=config.grad_spike,
-            average=self.average,
-            execution=self.execution,
-            recorded=self.device.type == "cuda" and self.ranks.size == 1,
-        )
+        options: dict[str, Any] = {
+            "clip_norm": config.grad_clip,
+            "skip_norm": config.grad_skip,
+            "spike": config.grad_spike,
+            "average": self.average,
+            "execution": self.execution,
+        }
+        if self.device.type == "cuda":
+            return DeviceSVI(self.loss_fn, optimizer, record=self.ranks.size == 1, **options)
+        return SVI(self.loss_fn, optimizer, **options)
 
     @property
     def minutes(self) -> float:
@@ -123,9 +124,10 @@ class Trainer:
         if self.ranks.size > 1:
             if self.step == 0:
                 seed_noise(self.ranks, self.config.seed, self.step)
-            self.svi.replicas = Replicas(self.loss_fn, self.ranks, self.device)
+            replicas = Replicas(self.loss_fn, self.ranks, self.device)
             self.loss_fn.train()
-            self.svi.replicas.warm_up(self._batch())
+            replicas.warm_up(self._batch())
+            replicas.attach(self.svi)
 
     def take_step(self) -> None:
         """Take one training step."""
@@ -159,21 +161,19 @@ class Trainer:
         return {
             "weights": self.loss_fn.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.svi.optimizer_state(),
+            "svi": self.svi.state_dict(),
             "minutes": self.minutes,
-            "log": self.svi.state_dict(),
             **random_states(self.ranks, self.device),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint; raises `UserError` if it does not fit the run."""
-        if state["optimizer"] is None:
+        if state["svi"] is None:
             raise UserError("the checkpoint holds only weights, so training cannot resume from it")
         load_weights(self.loss_fn, state["weights"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.svi.load_optimizer(state["optimizer"])
-        self.svi.load_state_dict(state["log"])
+        self.svi.load_state_dict(state["svi"])
         restore_random_state(state, self.ranks, self.device, self.config.seed)
         self._minutes_before = state["minutes"]
         self.step = state["step"]

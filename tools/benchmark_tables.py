@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ladder_vae.reports.tables import markdown_rows
+
 Results = dict[str, Any]
 
 LINE_TITLES = {
@@ -31,12 +33,6 @@ INTERRUPTIONS = {
 # --- Formatting ---
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def measured_table(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -44,7 +40,7 @@ def measured_table(
     note: str = "",
 ) -> str:
     """A table of measurements, and where its `cases` were measured."""
-    return f"{markdown(header, rows)}\n\n{note}Measured on {places(cases)}."
+    return f"{markdown_rows(header, rows)}\n\n{note}Measured on {places(cases)}."
 
 
 def number(value: float) -> str:
@@ -260,4 +256,4 @@ def communication_table(measured: Results) -> str:
         rows.append([*row, f"{work / 1e9:.2f} G", *images])
     header = ["preset", "gradients", "sent by each of 8 GPUs", "multiply-adds per image"]
     header += [f"break-even, {name}" for name in rates]
-    return f"{markdown(header, rows)}\n\nCounted by commit {measured['provenance']['commit']}."
+    return f"{markdown_rows(header, rows)}\n\nCounted by commit {measured['provenance']['commit']}."

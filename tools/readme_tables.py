@@ -16,12 +16,14 @@ import torch
 
 import datasets
 from guide import build_ladder
+from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.networks.blocks import count_parameters
-from ladder_vae.reports import comparison
+from ladder_vae.reports.comparison import Scored, columns
+from ladder_vae.reports.tables import markdown, markdown_rows
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS, ROWS
 from tools import benchmark_tables as measured
-from tools.benchmark_tables import markdown, places
+from tools.benchmark_tables import places
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -51,14 +53,16 @@ def likelihood_table() -> str:
     """The published results, each followed by ours if there is one."""
     runs = []
     for reference in read("reference.json")["rows"]:
-        runs.append(comparison.Scored("reference", reference))
+        known = {name: value for name, value in reference.items() if value is not None}
+        metrics = {"limit": None, "n_images": 0, "step": 0, "kl_per_layer": []} | known
+        runs.append(Scored("reference", Metrics.from_dict(metrics)))
         ours = RESULTS / reference["preset"] / "metrics.json"
         if ours.exists():
-            runs.append(replace(comparison.Scored.read(ours), name="this project"))
+            runs.append(Scored.read(ours)._replace(name="this project"))
     names = ("data", "layers", "run", "bounds", "minutes", "seed", "origin")
-    table = comparison.columns(runs, names)
+    table = columns(runs, names)
     # Nothing is bold: it would always be the deepest ladder of a data set.
-    return comparison.markdown([replace(column, best=frozenset()) for column in table])
+    return markdown([replace(column, best=frozenset()) for column in table])
 
 
 def bounds_table(name: str) -> str:
@@ -78,7 +82,7 @@ def bounds_table(name: str) -> str:
             f"For {share:.0%} of the images a few importance samples dominate (Pareto k-hat above "
             "0.7): their log-likelihood is higher than the bound, and more samples would raise it.",
         )
-    return "\n\n".join([markdown(header, rows), *notes])
+    return "\n\n".join([markdown_rows(header, rows), *notes])
 
 
 def learning_table() -> str:
@@ -94,7 +98,7 @@ def learning_table() -> str:
     name = "the reference's weights, evaluated here"
     rows.append(["2,000", name, *_learned("reference-weights")])
     images = ["ELBO, 10,000 images", "ELBO, 1,000 images", "100 samples, 1,000 images"]
-    return markdown(["steps", "run", *images, "measured on"], rows)
+    return markdown_rows(["steps", "run", *images, "measured on"], rows)
 
 
 def _learned(folder: str) -> list[str]:
@@ -118,7 +122,7 @@ def pretrained_table() -> str:
         commands.append(f"python -m tools.import_weights pretrained/{name}.safetensors --out {run}")
         commands.append(f"python evaluate.py {run} --samples {' '.join(metrics['iw'])}")
     samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in metrics["iw"]]
-    table = markdown(["weights", "ELBO", *samples], rows)
+    table = markdown_rows(["weights", "ELBO", *samples], rows)
     text = "To verify these bounds, up to the noise of the samples:"
     return "\n".join([table, "", text, "", "```sh", *commands, "```"])
 
@@ -135,7 +139,7 @@ def presets_table() -> str:
         depth = str(len(config.ladder.z_dims))
         row = [f"`{name}`", f"`{config.dataset}`", depth, f"{config.free_bits}"]
         rows.append([*row, f"{count_parameters(*pair):,}"])
-    return markdown(["preset", "data", "layers", "free bits", "parameters"], rows)
+    return markdown_rows(["preset", "data", "layers", "free bits", "parameters"], rows)
 
 
 def recipe_runs() -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def _weight_notes(metrics: Metrics) -> list[str]:
         median, least = (number(effective.get(name), ".1f") for name in ("median", "min"))
         notes.append(
             f"Effective samples: {median} of {most:,} for the median image, {least} for the worst. "
-            "The closer to all of them, the closer the approximate posterior is to the true one."
+            "The more effective samples, the closer the approximate posterior is to the true one."
         )
     if pareto := metrics.pareto_k:
         share, median = pareto.get("share_above_0.7"), number(pareto.get("median"), ".2f")

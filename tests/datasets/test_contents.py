@@ -32,7 +32,7 @@ PINNED_MNIST = {
     "valid": "9fea28ee6c98cf66467833238be43a5140a3f099570aa5326409df2638dc31a5",
     "test": "fe979a35fbcdc81c8d74a3413ae349cfc1bd4cc880ef49711abbc001fb847448",
 }
-# A change of these is a change of the data set.
+# If these change, the data set has changed.
 PINNED_SVHN = [2, 3, 11, 13, 20, 53]
 
 
@@ -151,7 +151,7 @@ def test_mnist_is_scored_on_fixed_draws(tmp_path: Path, made_mnist: Made) -> Non
 
 
 def images_of(split: ImageSet) -> list[bytes]:
-    """The images as the bytes that they are made of, (H, W, C)."""
+    """The images' bytes, each (H, W, C)."""
     bytes_of = np.rint(255 * everything(split)).astype(np.uint8).transpose(0, 2, 3, 1)
     return [image.tobytes() for image in bytes_of]
 

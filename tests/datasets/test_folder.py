@@ -25,7 +25,7 @@ def refused(path: Path, shape: Shape = GREY, *, binary: bool = False) -> str:
     return refusal(lambda: load_folder(path, shape, binary=binary))
 
 
-# --- What is read ---
+# What is read
 
 
 def test_colour_images(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
     assert names == ["a.png"]
 
 
-# --- What is refused ---
+# What is refused
 
 
 def test_folders_without_images(tmp_path: Path) -> None:

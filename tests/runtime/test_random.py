@@ -4,7 +4,7 @@ import numpy as np
 
 from runtime import random as draws
 
-# The fixed draws: a change of any of these is a change of the data sets.
+# If these draws change, the data sets change.
 PINNED_PERMUTATION = [3, 2, 1, 6, 0, 7, 4, 5]
 PINNED_TORCH_SEED = 9247832928889101276
 

@@ -27,16 +27,19 @@ from runtime.errors import UserError
 
 
 class Server:
-    """Serves `files` on the loopback interface; those in `cut` are cut off halfway."""
+    """Serves `files` on the loopback interface, `cut` and `stalled` ones only up to the middle."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut: set[str] = set()
+        self.stalled: set[str] = set()
+        self._stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -50,7 +53,10 @@ class Server:
             def do_GET(self) -> None:
                 name = self.path.lstrip("/")
                 body = self._head()
-                self.wfile.write(body[: len(body) // 2] if name in owner.cut else body)
+                partial = name in owner.cut | owner.stalled
+                self.wfile.write(body[: len(body) // 2] if partial else body)
+                if name in owner.stalled:
+                    owner._stopped.wait(10)
 
             def _head(self) -> bytes:
                 name = self.path.lstrip("/")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import datasets
-from datasets import cifar10, mnist, static_mnist, svhn
+from datasets import cifar10, download, mnist, static_mnist, svhn
 from runtime.errors import UserError
 from tests.made_data import (
     Made,
@@ -151,6 +151,16 @@ def test_a_download_that_fails_leaves_nothing_and_can_be_repeated(
     data.server.cut.clear()
     data.files[last] = whole
     assert len(datasets.load(name, "test", tmp_path)) == len(data.arrays["test"])
+
+
+def test_a_stalled_download_ends(
+    tmp_path: Path, made_static_mnist: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_TIMEOUT", 0.2)
+    made_static_mnist.server.stalled.update(made_static_mnist.files)
+    line = refusal(lambda: datasets.load("static_mnist", "train", tmp_path))
+    assert "timed out" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_download_leaves_nothing(

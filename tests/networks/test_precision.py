@@ -123,9 +123,9 @@ def test_bf16_is_near(loss_fn: Any, x: Tensor) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_compiled_blocks_do_the_same(loss_fn: Any, x: Tensor) -> None:
+def test_compiled_blocks_do_the_same() -> None:
     """Compilation keeps the weights' names and values, and compiles equal blocks once."""
-    style = BlockStyle(4, "bacdbacd", "elu", batchnorm=True, dropout=0.0, gated=True)
+    style = BlockStyle(4, "bacdbac", "elu", batchnorm=True, dropout=0.0, gated=False)
     blocks = residual_blocks(style, 2)
     compiled = copy.deepcopy(blocks)
     Execution(compile=True).prepare(compiled)

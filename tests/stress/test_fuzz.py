@@ -25,7 +25,7 @@ from ladder_vae.runs.run import Run
 from runtime.errors import run_command
 from tests.file_kinds import CHECKED, READERS, make_run, whole_files
 from tests.scripts.test_fuzz import LADDER, payloads
-from tools import import_reference
+from tools import export_weights, import_reference, inpaint, score_images
 
 
 def fuzz(strategy: st.SearchStrategy[Any], check: Callable[[Any], None], cases: int) -> None:
@@ -100,7 +100,13 @@ def test_command_lines_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(
     ("main", "arguments"),
-    [(evaluate.main, ["run"]), (import_reference.main, ["nothing.pt", "--out", "run"])],
+    [
+        (evaluate.main, ["run"]),
+        (inpaint.main, ["run", "--mask", "top"]),
+        (score_images.main, ["run", "test"]),
+        (export_weights.main, ["run", "--out", "weights"]),
+        (import_reference.main, ["nothing.pt", "--out", "run"]),
+    ],
 )
 def test_command_lines_of_other_commands(
     tmp_path: Path,
@@ -115,8 +121,8 @@ def test_command_lines_of_other_commands(
         main([*arguments, *words])
 
     flags = "--checkpoint --samples --limit --split --batch-size --seed --device --step --out "
-    flags += "run --zdims --nfilters --lr"
-    fuzz(command_lines(*flags.split()), check, 300)
+    flags += "run --zdims --nfilters --lr --chains --sweeps --prior-layers --against --temperature"
+    fuzz(command_lines(*flags.split()), check, 200)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,13 +31,12 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands(first: str) -> list[str]:
-    """Every command of all pages whose first word is `first`."""
-    lines = [
-        line for text in ALL.values() for block in blocks(text, "sh") for line in block.split("\n")
-    ]
-    found = {" ".join(shlex.split(line, comments=True)): None for line in lines if line}
-    return [line for line in found if line.split()[0] == first]
+def commands(*first: str) -> list[str]:
+    """Every command of all pages, or those whose first word is one of `first`."""
+    shell = "".join(block for text in ALL.values() for block in blocks(text, "sh"))
+    lines = shell.replace("\\\n", "").splitlines()
+    found = dict.fromkeys(" ".join(shlex.split(line, comments=True)) for line in lines)
+    return [line for line in found if not first or line.split()[0] in first]
 
 
 # --- Tables ---
@@ -225,7 +224,7 @@ def check_training(arguments: Any) -> None:
         assert config.ladder.z_dims == PRESETS[arguments.preset]["z_dims"]
 
 
-@pytest.mark.parametrize("command", [*commands("python"), *commands("torchrun")])
+@pytest.mark.parametrize("command", commands("python", "torchrun"))
 def test_command_lines_are_understood(command: str) -> None:
     """The parser of the script accepts each option and value."""
     first, *words = shlex.split(command)
@@ -249,10 +248,7 @@ def test_command_lines_are_understood(command: str) -> None:
 
 
 def test_other_commands_are_known() -> None:
-    lines = [
-        line for text in ALL.values() for block in blocks(text, "sh") for line in block.split("\n")
-    ]
-    first = {line.split()[0] for line in lines if line}
+    first = {command.split()[0] for command in commands()}
     assert first == {"make", "python", "torchrun", "tensorboard", "conda"}
     assert commands("tensorboard") == ["tensorboard --logdir runs"]
     environment = (ROOT / "environment.yml").read_text()
@@ -280,7 +276,7 @@ def test_make_knows_the_targets() -> None:
 def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """`--options` within sentences and tables of the pages."""
     pattern = "--[a-z][a-z-]+"
-    known = set(re.findall(pattern, "\n".join([*commands("python"), *commands("torchrun")])))
+    known = set(re.findall(pattern, " ".join(commands("python", "torchrun"))))
     known |= {"--max-restarts", "--shutdown-timeout"}  # of torchrun
     for module in ("train_svi", "evaluate", "tools.reproduce", "tools.score_images"):
         with pytest.raises(SystemExit):

@@ -1,21 +1,36 @@
-# make setup   create .venv and install everything into it
-# make demo    train, evaluate and draw a small ladder on 8x8 digits
-# make test    format, lint, types and tests
+# Run `make help` for the targets.
 
 PYTHON ?= python3
+# For a CPU-only torch, without its 5 GB of GPU libraries: make setup TORCH_BACKEND=cpu
+TORCH_BACKEND ?=
 BIN := .venv/bin
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python \
+	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 DEMO := runs/demo
 
-.PHONY: setup demo test format
+.PHONY: help setup demo test stress format
+
+help:
+	@echo "make setup    create .venv and install what users need (TORCH_BACKEND=cpu: no GPU libraries)"
+	@echo "make demo     train, evaluate and draw a small ladder on 8x8 digits, in two minutes"
+	@echo "make test     check format, lint and types, and run the tests, in five minutes"
+	@echo "make stress   run the kill-and-resume campaigns and the long fuzzing"
+	@echo "make format   format the code"
 
 setup: .venv/.installed
 
-.venv/.installed: requirements.txt
+.venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.txt
+
+.venv/.installed: requirements.txt | .venv/bin/uv
+	$(INSTALL) -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(INSTALL) -r requirements-dev.txt
 	@touch $@
 
 demo: setup
@@ -24,12 +39,15 @@ demo: setup
 	@$(BIN)/python evaluate.py $(DEMO) --samples 1 100
 	@echo "monitor   $(BIN)/tensorboard --logdir $(DEMO)"
 
-test: setup
+test: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
-format: setup
+stress: .venv/.installed-dev
+	$(BIN)/python -m pytest tests/stress
+
+format: .venv/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

@@ -2,11 +2,12 @@
 
 Per image, in nats, with KL_i the divergence between posterior and prior of layer i:
 
-    ELBO      = log p(x | z) - sum_i KL_i                                (what is reported)
-    objective = log p(x | z) - kl_weight * sum_i max(KL_i, free_bits)    (what is trained)
+    ELBO      = log p(x | z) - sum_i KL_i                                (reported)
+    objective = log p(x | z) - kl_weight * sum_i max(KL_i, free_bits)    (maximised)
 
 KL_i is the one-sample estimate log q(z_i) - log p(z_i), or with `analytic_kl` the closed form given
-z_{>i}. Free bits clamp each layer's KL image by image, so that no layer is pushed below them.
+z_{>i}. Free bits clamp the KL of each layer image by image: below them, training does not reduce it
+further.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ class Terms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """(N,); also the log importance weight where KL is the one-sample estimate."""
+        """(N,); the log importance weight, if KL is the one-sample estimate."""
         return self.log_likelihood - self.kl.sum(-1)
 
 
@@ -38,10 +39,10 @@ class FreeBitsELBO(ELBO):
     """ELBO with free bits per layer and image; a drop-in for `pyro.infer.Trace_ELBO`.
 
     As everywhere in Pyro, losses are sums over the images of the batch. Latents must be
-    reparameterised and drawn top to bottom in one plate. With `free_bits` 0 and `kl_weight` 1 the
-    objective is the negative ELBO.
+    reparameterised and drawn from top to bottom in one plate. With `free_bits` 0 and `kl_weight` 1
+    the objective is the negative ELBO.
 
-    After each pass `terms` holds its per-image terms, detached, so that logging costs nothing.
+    After each pass, `terms` holds its per-image terms, detached, for logging.
     """
 
     def __init__(
@@ -59,11 +60,11 @@ class FreeBitsELBO(ELBO):
     def compute_terms(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Terms:
         """Run guide and model once and return the per-image terms of the ELBO."""
         model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-        # Deterministic sites are observed ones too, with log-probability zero.
+        # Deterministic sites count as observed, with log-probability zero.
         log_likelihood = sum(
             model_trace.nodes[name]["log_prob"] for name in model_trace.observation_nodes
         )
-        # Sites are in the order of sampling, from the top; terms are listed from the bottom.
+        # Sites come in the order of sampling, from the top; terms are listed from the bottom.
         kl = [
             self._kl(guide_trace.nodes[name], model_trace.nodes[name])
             for name in reversed(guide_trace.stochastic_nodes)
@@ -84,7 +85,7 @@ class FreeBitsELBO(ELBO):
         return self.kl_weight * kl.sum() - terms.log_likelihood.sum()
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The negative objective, to be differentiated (a 0-dimensional tensor on the device)."""
+        """The negative objective, to differentiate (a 0-dimensional tensor on the device)."""
         return self.objective(self.compute_terms(model, guide, *args, **kwargs))
 
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
@@ -93,10 +94,10 @@ class FreeBitsELBO(ELBO):
             return -self.compute_terms(model, guide, *args, **kwargs).elbo.sum().item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """The negative objective, with its gradients left in the parameters.
+        """Compute the gradient of the negative objective; returns the latter.
 
-        `pyro.infer.SVI` calls this and trains what it sees registered meanwhile: modules are
-        registered here, since neither model nor guide registers itself.
+        `pyro.infer.SVI` calls this and trains the parameters registered meanwhile. It registers
+        the modules, because neither model nor guide registers itself.
         """
         for name, module in (("model", model), ("guide", guide)):
             if isinstance(module, nn.Module):
@@ -107,9 +108,9 @@ class FreeBitsELBO(ELBO):
 
 
 def _register(name: str, module: nn.Module) -> None:
-    """Register a module's parameters with Pyro, in the place of another module's of that name.
+    """Register a module's parameters with Pyro, replacing another module's of that name.
 
-    Pyro itself would go on training the other one.
+    Pyro itself would continue to train the other module.
     """
     store = pyro.get_param_store()
     registered = dict(store.named_parameters())

@@ -3,11 +3,11 @@
     q(z | x) = q(z_L | x) prod_{i=1}^{L-1} q(z_i | z_{>i}, x)
 
 A deterministic bottom-up pass turns the image into one feature map d_i per layer. Inference then
-goes down the generative ladder itself: each posterior is read off d_i merged with the model's own
-feature map h_{i+1} from above (Sønderby et al., 2016, section 2.2). Model and guide thus share one
-top-down pass: the guide runs the model under itself, as a `pyro.poutine.guide.GuideMessenger`, and
-puts its posterior in the place of each prior as the model comes to it. Both traces come out of
-that one pass, with one set of dropout masks and batch-norm statistics.
+goes down the generative ladder itself: each posterior is computed from d_i merged with the model's
+own feature map h_{i+1} (Sønderby et al., 2016, section 2.2). Model and guide thus share one
+top-down pass: as a `pyro.poutine.guide.GuideMessenger` the guide runs the model under itself and
+replaces each prior by its posterior when the model samples it. That one pass yields both traces,
+with one set of dropout masks and batch-norm statistics.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ class BottomUp(nn.Module):
 
 
 class TopPosterior(nn.Module):
-    """q(z_L | x), read off d_L."""
+    """q(z_L | x), computed from d_L."""
 
     def __init__(self, channels: int, z_channels: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class TopPosterior(nn.Module):
 
 
 class ConditionalPosterior(nn.Module):
-    """q(z_i | z_{>i}, x), read off d_i merged with h_{i+1}."""
+    """q(z_i | z_{>i}, x), computed from d_i merged with h_{i+1}."""
 
     def __init__(self, style: BlockStyle, merge_type: str, z_channels: int) -> None:
         super().__init__()
@@ -119,15 +119,18 @@ class LadderGuide(GuideMessenger, nn.Module):
     def __call__(
         self, x: Tensor, features: Sequence[Tensor] | None = None, *, from_prior: int = 0
     ) -> dict[str, Tensor]:
-        """Draw z from q(z | x) and run the model on it; returns all sites' values by name.
+        """Draw z from q(z | x) and run the model on it; returns the values of all sites by name.
 
-        `features` are those of `bottom_up(x)` where they are at hand already: importance sampling
-        computes them once per image and draws from them many times.
+        Args:
+            x: images (N, C, H, W) in [0, 1].
+            features: the result of `bottom_up(x)`, if already computed. Importance sampling
+                computes it once per image and draws from it many times.
+            from_prior: draw this many of the lowest layers, 0 to L, from their priors instead. With
+                k of them the ELBO is the bound L^{>k} of Havtorn et al. (2021), "Hierarchical VAEs
+                know what they don't know", in which the KL of these layers is zero.
 
-        The lowest `from_prior` layers, 0 to L, are drawn from their priors instead, given the
-        layers above them: with k of them the ELBO is the bound L^{>k} of Havtorn et al. (2021),
-        "Hierarchical VAEs know what they don't know", in which these layers' KL is zero. Raises
-        `ValueError` where there are not that many layers.
+        Raises:
+            ValueError: the ladder has fewer than `from_prior` layers.
         """
         depth = len(self.posteriors) + 1
         if not 0 <= from_prior <= depth:
@@ -140,11 +143,11 @@ class LadderGuide(GuideMessenger, nn.Module):
             self._features = ()
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the trace, which a copy that has not run yet does not have."""
+        """Leave out the trace: a copy starts without one."""
         return {name: value for name, value in self.__dict__.items() if name != "trace"}
 
     def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:
-        """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model has just come to."""
+        """q(z_i | z_{>i}, x) for the site `name` = "z_i", which the model samples next."""
         i = int(name.removeprefix("z_"))
         if i <= self._from_prior:
             # p(z_i | z_{>i})
@@ -160,6 +163,6 @@ class LadderGuide(GuideMessenger, nn.Module):
 def build_ladder(
     config: LadderConfig, image_shape: tuple[int, int, int]
 ) -> tuple[LadderModel, LadderGuide]:
-    """A model and its guide, as `config` has them."""
+    """A model and its guide for images of shape `image_shape` (channels, height, width)."""
     model = LadderModel(config, image_shape)
     return model, LadderGuide(model, config, image_shape)

@@ -6,8 +6,8 @@ conditioned on all layers above it through skip connections (Maaløe et al., 201
     p(x, z) = p(x | z_1) p(z_L) prod_{i=1}^{L-1} p(z_i | z_{>i})
 
 where every p(z_i | z_{>i}) is a Normal with diagonal covariance. Layer 1 is the bottom, with the
-largest feature map. Differences from the ladder of Sønderby et al. are the skip connections,
-convolutional latents, and free bits in place of an annealed KL (see `elbo.py`).
+largest feature map. The ladder differs from that of Sønderby et al. in its skip connections, its
+convolutional latents, and in free bits instead of an annealed KL (see `elbo.py`).
 """
 
 import pyro
@@ -27,7 +27,7 @@ def normal_from(parameters: Tensor) -> dist.TorchDistribution:
 
 
 class TopPrior(nn.Module):
-    """p(z_L): one mean and log-variance for all images, zeros at the start, learned or fixed."""
+    """p(z_L): one mean and log-variance for all images, initially zero, learned or fixed."""
 
     def __init__(self, z_channels: int, size: tuple[int, int], *, learned: bool) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TopPrior(nn.Module):
 
 
 class ConditionalPrior(nn.Module):
-    """p(z_i | z_{>i}), read off the feature map from above."""
+    """p(z_i | z_{>i}), computed from the feature map h_{i+1} of the layer above."""
 
     def __init__(self, channels: int, z_channels: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class ConditionalPrior(nn.Module):
 
 
 class TopDownLayer(nn.Module):
-    """From z_i and the feature map h_{i+1} from above to the feature map h_i."""
+    """From z_i and the feature map h_{i+1} of the layer above to the feature map h_i."""
 
     def __init__(
         self, style: BlockStyle, z_channels: int, blocks: int, upsample: int, *, skip: bool
@@ -69,7 +69,7 @@ class TopDownLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From h_1 to the last feature map, at the image's own size."""
+    """From h_1 to the last feature map, at the size of the image."""
 
     def __init__(
         self, style: BlockStyle, config: LadderConfig, image_size: tuple[int, int]
@@ -88,12 +88,12 @@ class Decoder(nn.Module):
 
 
 class LadderModel(nn.Module):
-    """p(x, z) for images of shape `image_shape` (channels, height, width), as `config` has it.
+    """p(x, z) for images of shape `image_shape` (channels, height, width).
 
     Pyro sites, for n images in the plate `images`: `z_L` ... `z_1`, each (n, z_dims[i], h_i, w_i),
-    and `x` (n, channels, height, width). The deterministic sites `h_L` ... `h_2` are the feature
-    maps that the priors of the layers below are read off; the guide reads its posteriors off them
-    too.
+    and `x` (n, channels, height, width). The deterministic sites `h_L` ... `h_2` hold the feature
+    maps that the priors of the layers below are computed from. The guide uses them for its
+    posteriors.
     """
 
     def __init__(self, config: LadderConfig, image_shape: tuple[int, int, int]) -> None:
@@ -121,7 +121,7 @@ class LadderModel(nn.Module):
         self.likelihood = LIKELIHOODS[config.likelihood](config.n_filters, image_channels)
 
     def forward(self, x: Tensor | None = None, n: int = 1) -> Tensor:
-        """The generative program, with `x` (N, C, H, W) in [0, 1] observed, or for `n` new images.
+        """The generative program: observe `x` (N, C, H, W) in [0, 1], or draw `n` new images.
 
         Returns x.
         """
@@ -131,7 +131,7 @@ class LadderModel(nn.Module):
             z = pyro.sample(f"z_{depth}", self.top_prior(len(images)))
             h = self.layers[-1](z, None)
             for i in range(depth - 1, 0, -1):
-                # p(z_i | z_{>i}), through the feature map h_{i+1} from the layers above
+                # p(z_i | z_{>i}), by the feature map h_{i+1} of the layers above
                 h_above = pyro.deterministic(f"h_{i + 1}", h, event_dim=3)
                 z = pyro.sample(f"z_{i}", self.priors[i - 1](h_above))
                 h = self.layers[i - 1](z, h_above)

@@ -1,4 +1,4 @@
-"""The device that a script runs on."""
+"""The device that a script runs on, and its memory."""
 
 import ctypes
 import platform
@@ -9,11 +9,11 @@ from runtime.errors import UserError
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`: cpu, cuda, cuda:N, or auto for a GPU where there is one.
+    """The device called `name`: cpu, cuda, cuda:N, or auto for a GPU if there is one.
 
-    Of several processes on a machine each takes the GPU of its `local_rank`, unless told.
+    With cuda or auto, each process on a machine uses the GPU with its `local_rank`.
 
-    Raises `UserError` where there is no such device.
+    Raises `UserError` if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,8 +28,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            found = f"only {count} of them" if count else "no GPU that PyTorch can use"
-            raise UserError(f"--device is {name!r} but there is {found} here; use --device cpu")
+            found = f"finds only {count} GPU{'s' * (count > 1)}" if count else "finds no GPU"
+            raise UserError(f"--device is {name!r} but PyTorch {found}; use --device cpu")
     return device
 
 
@@ -39,7 +39,7 @@ _MMAP_MAX, _NONE = -4, 0
 
 
 def keep_freed_memory() -> None:
-    """Have memory that is freed used again in this process; only glibc needs to be told, and is."""
+    """Make glibc reuse freed memory, instead of returning it and having new pages cleared."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_MAX, _NONE)

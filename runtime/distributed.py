@@ -1,4 +1,4 @@
-"""The processes that torchrun starts to share one piece of work, each with its rank."""
+"""Processes that torchrun starts to share one piece of work."""
 
 import os
 import signal
@@ -19,30 +19,30 @@ from runtime.errors import UserError
 
 T = TypeVar("T")
 
-# Ranks wait for the slowest of them, which may be downloading; torchrun ends them all where one
-# dies, and a connection that is closed is noticed at once.
-_PATIENCE = timedelta(days=2)
+# How long a process waits for the others, which may be downloading data. If one dies, the others
+# notice the closed connection at once, and torchrun ends them all.
+_TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that share the work; a process on its own is the first.
+    """This process's place among those that share the work; a single process is the first.
 
-    All methods but `speaks` are to be called on all ranks, in the same order.
+    All processes must call the methods together, in the same order; only `reports` is different.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among those on the same machine, which each take a GPU of their own
+    local_rank: int = 0  # among the processes on this machine, each of which uses its own GPU
     store: Any = field(default=None, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this process writes and prints for all."""
         return self.rank == 0
 
     def share(self, value: T) -> T:
-        """The first rank's `value`, on all of them."""
+        """The first process's `value`, on all processes."""
         if self.size == 1:
             return value
         values = [value]
@@ -50,7 +50,7 @@ class Ranks:
         return values[0]
 
     def collect(self, value: T) -> list[T]:
-        """Every rank's `value` by rank, on all of them."""
+        """The values of all processes by rank, on all processes."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -58,9 +58,9 @@ class Ranks:
         return values
 
     def largest(self, *values: float) -> list[float]:
-        """The largest of each of the values over the ranks, on all of them.
+        """The maximum of each value over the processes, on all processes.
 
-        On the host: no GPU is waited for.
+        Computed on the host, without waiting for a GPU.
         """
         if self.size == 1:
             return list(values)
@@ -70,7 +70,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Where one rank has a `UserError` inside, all have it afterwards."""
+        """If one process raises a `UserError` inside, all raise it at the end."""
         own: UserError | None = None
         try:
             yield
@@ -84,10 +84,10 @@ class Ranks:
             raise UserError(messages[0]) from own
 
     def in_turns(self, make: Callable[[], T]) -> T:
-        """What `make` returns, on each rank: on the first one first, then once on each machine.
+        """Call `make` on the first process, then on one of each machine, then on all others.
 
-        So a file that it makes where there is none is made once, and found by the others, whether
-        or not the machines share a file system. Raises `UserError` on all ranks if it does on one.
+        A file that `make` creates if it is missing is thus created once on each file system, and
+        the other processes find it. If `make` raises a `UserError` on one process, all raise it.
         """
         turn = 0 if self.is_first else 1 if self.local_rank == 0 else 2
         made: list[T] = []
@@ -97,73 +97,76 @@ class Ranks:
                     made.append(make())
         return made[0]
 
-    def speaks(self) -> bool:
-        """Whether this rank is to tell of the end that has come to several: the first to ask."""
+    def reports(self) -> bool:
+        """Whether this process reports a failure that all processes share: the first that asks."""
         try:
-            return self.store is None or self.store.add("told", 1) == 1
-        except RuntimeError:  # the store went with the first rank
+            return self.store is None or self.store.add("reported", 1) == 1
+        except RuntimeError:  # the store ended with the first process
             return True
+
+
+ONE_PROCESS = Ranks()
 
 
 @contextmanager
 def joined_ranks(advice: str = "") -> Iterator[Ranks]:
-    """Join the processes that torchrun started, if it did.
+    """Connect the processes that torchrun started; does nothing for a single process.
 
-    What ends all ranks is told by one of them. Where another rank is gone, this one exits at once
-    with code 1, and one of those that are left tells of it and of what to do, which is `advice`.
+    One process reports a failure that all share. If a process has died, the others exit at once
+    with code 1, and one of them reports it, followed by `advice`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Ranks()
         return
-    shared, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
-    # torchrun keeps its store over all attempts, with the addresses of those that have died.
+    shared, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+    # torchrun keeps one store for all attempts; it still holds the addresses of dead processes.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"attempt-{attempt}", shared)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE
+        backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT
     )
     ranks = Ranks(rank, size, int(os.environ["LOCAL_RANK"]), store)
     try:
         yield ranks
     except (UserError, KeyboardInterrupt) as error:
-        if ranks.speaks():
+        if ranks.reports():
             raise
         sys.exit(2 if isinstance(error, UserError) else 128 + signal.SIGINT)
     except RuntimeError as error:
         if not _is_loss(error):
             raise
-        if ranks.speaks():
+        if ranks.reports():
             print(f"error: one of {size} processes has died{advice}", file=sys.stderr, flush=True)
-        # At once: leaving in order would wait for the one that is gone.
+        # A clean exit would wait for the dead process.
         os._exit(1)
     finally:
         distributed.destroy_process_group()
 
 
 def _is_loss(error: RuntimeError) -> bool:
-    """Whether an error says that another rank cannot be reached any more."""
+    """Whether an error says that another process cannot be reached."""
     kinds = (distributed.DistBackendError, distributed.DistNetworkError)
     return isinstance(error, kinds) or "gloo" in str(error)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One command of torchrun, which starts its processes anew when one of them has died."""
+    """One torchrun command, which starts its processes again if one of them dies."""
 
-    name: str | None  # the same in all its attempts, another one in another command
+    name: str | None  # the same for all attempts of one command
     attempt: int = 0
     attempts: int = 1
 
     @classmethod
     def of_environment(cls) -> Self:
-        """As torchrun tells its processes; without torchrun one attempt without a name."""
+        """From torchrun's environment variables; without torchrun, one attempt without a name."""
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
         return cls(_name(), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")), 1 + restarts)
 
     def provenance(self) -> dict[str, str]:
-        """What a run folder says of it, for a later attempt to know the run as its own."""
+        """The entry of a run's provenance by which later attempts recognise their own run."""
         return {} if self.attempts == 1 or self.name is None else {"launch": self.name}
 
 
@@ -171,7 +174,7 @@ def _name() -> str | None:
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if name == "none" and error_file is not None:
-        # Machines that are listed by hand have no --rdzv-id unless told; but the first of them
-        # keeps a folder, .../FOLDER/attempt_0/0/error.json.
+        # Without --rdzv-id all static rendezvous are called "none". The agent's log folder is
+        # unique: .../FOLDER/attempt_0/0/error.json.
         return Path(error_file).parts[-4]
     return name

@@ -1,4 +1,4 @@
-"""The one exception for mistakes of the user, and how it reaches them."""
+"""The exception for mistakes of the user, and how scripts report it."""
 
 import signal
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that names what is wrong and what would be right."""
+    """A mistake of the user. The message is one line: what is wrong, and what would be right."""
 
 
 def one_line(text: str) -> str:
-    """`text`, which may quote anything, with what cannot be printed on one line escaped."""
+    """`text` with line breaks and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

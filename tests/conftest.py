@@ -1,6 +1,8 @@
-"""What the tests share: Pyro's checks on, a clean start for each test, and tiny ladders."""
+"""Fixtures for all tests: a clean start for each test, tiny ladders, and trained runs."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -8,18 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
+import train_svi
 from guide import LadderGuide
 from ladder_vae.runs.options import RunConfig
 from model import LadderModel
+from tests.commands import run, words
 
 IMAGE_SHAPE = (1, 8, 10)
 
-torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
+torch.set_num_threads(1)  # threads do not help networks this small
+
+# The run of `trained_run`: a tiny ladder on digits, with everything that a run folder can hold.
+TRAINED_RUN = words(
+    "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --ema 0.9 "
+    "--test-batch-size 297 --beta-anneal 10 --device cpu --steps 30 --tr-log-interv 10 "
+    "--ts-log-interv 15 --ll-interv 15 --ll-samples 2 --ckpt-interv 10 --keep-checkpoints 2"
+)
 
 
 @pytest.fixture(autouse=True)
 def clean_start() -> None:
-    """Pyro's validation on, no parameters left from another test, and a fixed seed."""
+    """Turn on Pyro's validation, clear its parameters, and fix the seed."""
     pyro.enable_validation(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -33,7 +44,7 @@ def x() -> Tensor:
 
 @pytest.fixture
 def tiny_config() -> Callable[..., RunConfig]:
-    """A maker of configurations of tiny ladders, three layers unless told."""
+    """Makes configurations of tiny ladders, by default with three layers."""
 
     def make(**options: Any) -> RunConfig:
         tiny: dict[str, Any] = {
@@ -49,7 +60,7 @@ def tiny_config() -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def make_pair(tiny_config: Callable[..., RunConfig]) -> Callable[..., tuple[Any, Any]]:
-    """A maker of tiny (model, guide), with no parameter left at a special initial value."""
+    """Makes tiny pairs (model, guide) whose parameters have no special initial values."""
 
     def make(
         image_shape: tuple[int, int, int] = IMAGE_SHAPE, **options: Any
@@ -64,3 +75,20 @@ def make_pair(tiny_config: Callable[..., RunConfig]) -> Callable[..., tuple[Any,
         return model, guide
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder after 30 steps on digits, for tests that only read it.
+
+    Checkpoints of steps 20 and 30 (and of the best, 15 or 30), evaluations at 15 and 30.
+    """
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert run(train_svi.main, *TRAINED_RUN, "--out", folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def trained_copy(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy of `trained_run` that the test may change."""
+    return Path(shutil.copytree(trained_run, tmp_path / "run"))

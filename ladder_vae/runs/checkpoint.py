@@ -1,4 +1,4 @@
-"""Checkpoint files: a state of training, with its checksum.
+"""Checkpoint files: the state of training, with a checksum.
 
 A checkpoint is a zip archive written by `torch.save`, with its own SHA-256 as the archive's
 comment: `torch.load` reads it like any other, and `read_checkpoint` detects damage. Reading runs no
@@ -24,12 +24,12 @@ _COMMENT_LENGTH = len(_COMMENT) + 64
 
 
 class Damaged(UserError):  # noqa: N818 (describes the file)
-    """A checkpoint differs from what was written."""
+    """A checkpoint file is not what was written."""
 
 
 def weights_only(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of a checkpoint that holds weights alone; it cannot be trained further."""
-    absent = ("average", "optimizer", "minutes", "log", "cpu_random_state", "cuda_random_state")
+    """The state of a checkpoint that holds only weights, from which training cannot resume."""
+    absent = ("average", "svi", "minutes", "cpu_random_state", "cuda_random_state")
     return {"weights": weights} | dict.fromkeys(absent)
 
 
@@ -42,7 +42,10 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """A checkpoint's content; raises `Damaged`, or `UserError` if the file cannot be read."""
+    """The content of a checkpoint.
+
+    Raises `Damaged` if it is not what was written, and `UserError` if it cannot be read.
+    """
     with reading(path):
         archive = path.read_bytes()
     if _with_checksum(archive[: -_COMMENT_LENGTH - 2] + bytes(2)) != archive:
@@ -50,8 +53,8 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     content = load_tensors(io.BytesIO(archive), path, device)
     if content["format"] != FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of another version of this project (format "
-            f"{content['format']}; this version reads format {FORMAT})"
+            f"{path} was written by another version of this project (format {content['format']}; "
+            f"this version reads format {FORMAT})"
         )
     return content
 
@@ -63,16 +66,16 @@ def _with_checksum(archive: bytes) -> bytes:
 
 
 def load_tensors(file: Path | io.BytesIO, path: Path, device: torch.device) -> Any:
-    """What `torch.save` wrote into `file`: tensors and plain values.
+    """Read tensors and plain values that `torch.save` wrote into `file`.
 
     Raises `Damaged`, naming `path`, for anything else. Runs no code from the file.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # meant for programmers
+        with warnings.catch_warnings(action="ignore"):  # they are for developers
             return torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except Exception as error:  # the unpickler raises many kinds
+    except Exception as error:  # the unpickler raises many types
         raise Damaged(
             f"{path} is damaged or not a checkpoint: it must hold tensors, saved by torch.save"
         ) from error

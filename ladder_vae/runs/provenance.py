@@ -1,6 +1,5 @@
-"""Where a figure comes from: the code, the libraries and the machine."""
+"""How a result was obtained: code, libraries and machine."""
 
-import os
 import platform
 import re
 import subprocess
@@ -12,7 +11,7 @@ import torch
 
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """What a result file says of how it was obtained, by so many processes that shared the work."""
+    """Code, libraries and machine of a result, for result files and run folders."""
     return {
         "commit": commit(),
         "machine": f"{processes} x " * (processes > 1) + machine(device),
@@ -23,11 +22,7 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this project, with -dirty where files differ from it.
-
-    Outside git, where files were copied without their history, what the environment's LVAE_COMMIT
-    says; None without it.
-    """
+    """The commit of this project, with -dirty if files differ from it; None outside git."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
@@ -37,12 +32,12 @@ def commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("LVAE_COMMIT") or None
+        return None
     return result.stdout.strip()
 
 
 def machine(device: torch.device) -> str:
-    """The GPU's name, or the processor's and how many threads PyTorch uses of it."""
+    """The GPU's name, or the processor's name and PyTorch's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

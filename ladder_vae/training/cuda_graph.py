@@ -1,8 +1,8 @@
-"""A training step recorded once as a CUDA graph, and replayed.
+"""Training steps as CUDA graphs, and reading numbers off a GPU without waiting for it.
 
-A step is thousands of kernels, each started by the host; for small feature maps the GPU waits for
-it. A graph starts them all at once. What it is made of stays where it was when it was recorded: the
-step may only change tensors in place, and must not ask what is in them.
+A step is thousands of kernels. For small feature maps a GPU waits while the host launches them one
+by one; a CUDA graph launches them all at once. A recorded step may only change tensors in place,
+and may not read a number back to the host.
 """
 
 import sys
@@ -11,14 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Steps before the recording, in which memory, cuDNN's choices and compiled blocks come to be.
+# Steps before recording: they allocate memory, choose cuDNN kernels and compile blocks.
 _WARM_UP = 5
 
 
 class StepGraph:
-    """A step as a function of a batch; from the sixth step on it is replayed from its graph.
+    """A step as a function of a batch; from the sixth call on it replays its graph.
 
-    Where the step cannot be recorded one line says why, and it goes on as it is.
+    If recording fails, it prints one warning and calls the step as usual.
 
     Args:
         step: takes images x (N, C, H, W) and returns a tensor, the same one at each replay.
@@ -30,13 +30,13 @@ class StepGraph:
         self._x: Tensor | None = None
         self._result: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._own: torch.cuda.Stream | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take a step; a batch of another shape than the recorded one's is stepped on as it is."""
+        """Take a step; a batch of another shape than the recorded one is not replayed."""
         self._calls += 1
         if self._calls <= _WARM_UP:
-            return self._beside(x)
+            return self._on_side_stream(x)
         if self._calls == _WARM_UP + 1:
             self._record(x)
         if self._graph is None or self._x is None or self._x.shape != x.shape:
@@ -46,15 +46,15 @@ class StepGraph:
         assert self._result is not None
         return self._result
 
-    def _beside(self, x: Tensor) -> Tensor:
-        """A step on a stream of its own, as recording has it."""
-        if self._own is None:
-            self._own = torch.cuda.Stream(x.device)
+    def _on_side_stream(self, x: Tensor) -> Tensor:
+        """Warm up on a separate stream, as PyTorch requires before recording."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
         current = torch.cuda.current_stream(x.device)
-        self._own.wait_stream(current)
-        with torch.cuda.stream(self._own):
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             result = self._step(x)
-        current.wait_stream(self._own)
+        current.wait_stream(self._stream)
         return result
 
     def _record(self, x: Tensor) -> None:
@@ -66,7 +66,8 @@ class StepGraph:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             print(
-                f"warning: the step is not recorded as a CUDA graph ({reason}); goes on without",
+                f"warning: cannot record the step as a CUDA graph ({reason}); training continues "
+                "without",
                 file=sys.stderr,
             )
             return
@@ -74,10 +75,10 @@ class StepGraph:
 
 
 class Readback:
-    """A tensor's value as the host last came to know it: on a GPU that of some steps before.
+    """The value of a device tensor as the host last saw it: on a GPU, from a few steps ago.
 
-    Reading a GPU's tensor would hold the host up until all steps that are queued are done. A copy
-    into pinned memory is queued instead, and looked at once it has arrived.
+    Reading a GPU tensor blocks the host until all queued steps are done. Instead, `latest` queues a
+    copy into pinned memory and looks at it once it has arrived.
     """
 
     def __init__(self) -> None:
@@ -85,7 +86,7 @@ class Readback:
         self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def latest(self, source: Tensor) -> Tensor | None:
-        """The newest value known of `source`, the same tensor at each call; None before any."""
+        """The newest known value of `source`, the same tensor at each call; None at first."""
         if source.device.type != "cuda":
             return source
         if self._arriving is None or self._arriving[1].query():

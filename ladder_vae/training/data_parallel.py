@@ -1,18 +1,18 @@
-"""Training on several ranks at once: gradients, statistics, noise and time that they share.
+"""Training by several processes that share each batch.
 
-Each rank computes the gradient of its part of the batch, and `DistributedDataParallel` averages
-them while they are computed: with parts of equal size that is the gradient of the whole batch's
-mean, and every rank takes the same step from the same weights.
+Each process computes the gradient of its part of the batch, and `DistributedDataParallel` averages
+the gradients during the backward pass. Since all parts have the same size, the average is the
+gradient of the whole batch's mean, and every process takes the same step from the same weights.
 
-Batch normalisation is the one thing that a part does differently. In training each rank normalises
-by the mean and variance of its own part of the batch, N / R images instead of N, so that loss and
-gradient are those of R smaller batches, averaged: close to, but not those of one process. The
-running statistics that evaluation uses are averaged over the ranks at each step. They are means of
-the parts' statistics, so that of the mean is the whole batch's own, and that of the variance lacks
-how the parts' means differ. With `synchronised` batch normalisation nothing differs.
+Batch normalisation is the one difference. In training, each process normalises by the mean and
+variance of its own part of the batch, N / R images instead of N. Loss and gradient are then those
+of R smaller batches, averaged, which is close to what one process computes but not the same. The
+running statistics that evaluation uses are averaged over the processes at each step: the mean
+equals the whole batch's, and the variance lacks the variance between the parts' means. With
+synchronised batch normalisation there is no difference.
 """
 
-import time
+import math
 import warnings
 from typing import Any
 
@@ -20,54 +20,70 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.training.svi import SVI
 from ladder_vae.training.update_guard import Snapshot
 from runtime.distributed import Ranks
-from runtime.errors import UserError
 from runtime.random import torch_seed
 
-# What a draw is for, the second part of its key: data sets and evaluations have theirs.
+# The purpose of a draw, the second part of its key; data sets and evaluations have others.
 _NOISE = 3
 
 
-def check_batch(batch_size: int, ranks: Ranks) -> None:
-    """Raise `UserError` unless the ranks can share batches of this size evenly."""
+def check_batch_size(batch_size: int, ranks: Ranks) -> None:
+    """Raise `ValueError` unless the processes can share batches of this size evenly."""
     if left := batch_size % ranks.size:
         fitting = [batch_size - left] * (batch_size > left) + [batch_size - left + ranks.size]
-        raise UserError(
-            f"--batch-size is {batch_size}, which {ranks.size} processes cannot share evenly; "
-            f"give {' or '.join(map(str, fitting))}"
+        raise ValueError(
+            f"`batch_size` is {batch_size}, which {ranks.size} processes cannot share evenly; "
+            f"use {' or '.join(map(str, fitting))}"
+        )
+
+
+def check_batch_statistics(
+    config: RunConfig, image_shape: tuple[int, int, int], ranks: Ranks
+) -> None:
+    """Raise `ValueError` if batch normalisation would average over a single value."""
+    top = math.prod(config.ladder.latent_sizes(image_shape[1:])[-1])
+    parts = 1 if config.sync_bn else ranks.size
+    if config.ladder.batchnorm and config.batch_size // parts * top == 1:
+        among = f" for {parts} processes" if parts > 1 else ""
+        raise ValueError(
+            f"`batch_size` is {config.batch_size}{among} and the top feature map is 1x1, so batch "
+            "normalisation has nothing to average over; increase it, or switch off `batchnorm`"
         )
 
 
 def synchronised(module: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """The module with batch normalisation over the whole batch of all ranks, on GPUs.
+    """The module with batch normalisation over the whole batch of all processes, on GPUs.
 
-    A process on its own has the whole batch, and nothing to change. Raises `UserError` on the CPU.
+    A single process has the whole batch anyway. Raises `ValueError` on the CPU.
     """
     if ranks.size == 1:
         return module
     if device.type == "cpu":
-        raise UserError(
-            "--sync-bn needs GPUs: PyTorch cannot synchronise batch normalisation on the CPU; "
-            "leave it out (--no-sync-bn)"
+        raise ValueError(
+            "`sync_bn` needs GPUs, because PyTorch cannot synchronise batch normalisation on the "
+            "CPU; switch it off"
         )
     return nn.SyncBatchNorm.convert_sync_batchnorm(module)
 
 
 class Replicas:
-    """The copies of an ELBO module on all ranks, which stay the same; each sees a part of a batch.
+    """Identical copies of an ELBO module on all processes, each of which sees a part of the batch.
 
-    Its weights become the first rank's. Gradients of `module`'s output are averages over the ranks.
+    All start with the first process's weights. Gradients of the output of `module` are averaged
+    over the processes.
     """
 
     def __init__(self, source: nn.Module, ranks: Ranks, device: torch.device) -> None:
         self._size = ranks.size
         self._source = source
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of another name
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about a new name
             self.module = DistributedDataParallel(
                 source,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,  # they are averaged, see `average`
+                broadcast_buffers=False,  # `average` averages them
                 gradient_as_bucket_view=True,
             )
         self._statistics = [
@@ -78,12 +94,17 @@ class Replicas:
             if buffer is not None
         ]
 
-    def warm_up(self, x: Tensor) -> None:
-        """A first pass, of which nothing stays.
+    def attach(self, svi: SVI) -> None:
+        """Let `svi` take its steps on all processes together; each sees its part of the batch."""
+        svi.forward = self.module
+        svi.reduce = self.average
 
-        After its first pass DDP lays out its messages anew, in the order in which gradients are
-        ready. Sums over three ranks or more depend on the layout, in their last bit; a resumed run
-        is to have the same one from its first step on.
+    def warm_up(self, x: Tensor) -> None:
+        """Run a first pass that changes nothing.
+
+        After its first pass, DDP arranges its messages in the order in which gradients become
+        ready. The last bit of sums over three or more processes depends on this arrangement, so a
+        resumed run must have the same one from its first step on.
         """
         before = Snapshot(self._source.buffers())
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
@@ -93,9 +114,9 @@ class Replicas:
 
     @torch.no_grad()
     def average(self, row: Tensor) -> Tensor:
-        """The mean of `row` over the ranks; of batch normalisation's running statistics too.
+        """The mean of `row` over the processes.
 
-        Those are averaged in place, in the same message: they are small beside the gradients.
+        The same message averages batch normalisation's running statistics, in place.
         """
         parts = [row, *self._statistics]
         message = torch.cat([part.flatten() for part in parts])
@@ -107,35 +128,10 @@ class Replicas:
         return means[0]
 
 
-class Clock:
-    """Time and signals that all ranks agree on: time is the first rank's, and stands still between.
-
-    A process on its own has its clock.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._now = ranks.share(time.monotonic())
-
-    @property
-    def now(self) -> float:
-        """Seconds, from some moment on."""
-        return time.monotonic() if self._ranks.size == 1 else self._now
-
-    def agree(self, signal: int) -> int:
-        """Ask the first rank for the time, and all for a signal that has come to them.
-
-        Takes and returns the number of a signal, 0 for none; waits for no GPU.
-        """
-        now = time.monotonic() if self._ranks.is_first else 0.0
-        self._now, number = self._ranks.largest(now, signal)
-        return int(number)
-
-
 def random_states(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """What a checkpoint holds of random generators: the first rank's and, as `ranks`, those of all.
+    """The states of the random generators, for a checkpoint.
 
-    A process on its own has no entry `ranks`.
+    With several processes, the first one's, and all of them under `ranks`.
     """
     own = {
         "cpu_random_state": torch.get_rng_state(),
@@ -150,9 +146,9 @@ def random_states(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 def restore_random_state(
     state: dict[str, Any], ranks: Ranks, device: torch.device, seed: int
 ) -> None:
-    """Continue with the noise of a checkpoint's state, on as many ranks.
+    """Continue with a checkpoint's random states, if the number of processes is the same.
 
-    On more or fewer, it is drawn anew.
+    If it is not, all draw new noise.
     """
     states = state.get("ranks", [state])
     if len(states) != ranks.size:
@@ -165,5 +161,5 @@ def restore_random_state(
 
 
 def seed_noise(ranks: Ranks, seed: int, step: int) -> None:
-    """Have latents and dropout from `step` on depend on the seed, the step and the rank."""
+    """Seed latents and dropout from `step` on by the seed, the step and the process."""
     torch.manual_seed(torch_seed(seed, _NOISE, step, ranks.rank))

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""An exponential moving average of the weights, which evaluations use."""
 
 import copy
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class MovingAverage:
     """Exponential moving average of a module's parameters and floating-point buffers.
 
-    `module` is the averaged copy. The decay rises to `decay` over the first updates, as
-    (1 + n) / (10 + n), so that the average does not remember the initial weights.
+    `module` is the averaged copy, in evaluation mode. The decay grows to `decay` over the first
+    updates n as (1 + n) / (10 + n), so that the average forgets the initial weights.
     """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
@@ -20,15 +20,15 @@ class MovingAverage:
         pairs = list(zip(_tensors(self.module), _tensors(source), strict=True))
         self._floats = [(a, s) for a, s in pairs if a.is_floating_point()]
         self._counters = [(a, s) for a, s in pairs if not a.is_floating_point()]
-        # On the device, where it is known whether an update counts.
+        # On the device, because only the device knows whether an update counts.
         self.updates = torch.zeros((), dtype=torch.int64, device=pairs[0][0].device)
 
     @torch.no_grad()
     def update(self, good: Tensor | None = None) -> None:
-        """Move the average towards the source's present weights.
+        """Move the average towards the current weights.
 
-        Where `good`, a 0-dimensional boolean tensor, is false, it stays; the weights must be finite
-        all the same.
+        If `good`, a 0-dimensional boolean tensor, is false, the average stays unchanged; the
+        weights must be finite even then.
         """
         n = self.updates.double()
         share = 1 - ((1 + n) / (10 + n)).clamp(max=self.decay)
@@ -43,11 +43,11 @@ class MovingAverage:
         self.updates += 1 if good is None else good
 
     def state_dict(self) -> dict[str, Any]:
-        """The averaged weights and how many updates they have seen."""
+        """The averaged weights and the number of updates."""
         return {"weights": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over another average's state."""
+        """Continue from another average's state."""
         self.module.load_state_dict(state["weights"])
         self.updates.fill_(state["updates"])
 

@@ -1,4 +1,4 @@
-"""How many steps of training fit into some minutes, by the rate that a short warm-up measures."""
+"""How many training steps fit into a time budget, from the rate that a short warm-up measures."""
 
 import math
 import statistics
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from runtime.errors import UserError
 
-# The share of the minutes that is left to log entries, evaluations and checkpoints on the way.
+# The fraction of the budget that is reserved for log entries, evaluations and checkpoints.
 RESERVE = 0.05
-# Steps that are not counted: compilation, and caches and clocks that have yet to warm up.
+# The first steps are not timed: they compile, and caches and clock rates settle.
 UNCOUNTED = 20
-# The counted time is cut into so many stretches, whose median outlives a disturbance of a few.
+# The timed steps are split into this many stretches; their median ignores a short disturbance.
 _STRETCHES = 5
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a warm-up measured."""
+    """The result of a warm-up."""
 
     steps_per_second: float
-    steps: int  # that were counted
+    steps: int  # that were timed
 
 
 def measured_rate(
@@ -29,16 +29,17 @@ def measured_rate(
     seconds: float,
     uncounted: int = UNCOUNTED,
 ) -> Rate:
-    """The rate of `step`, by about `seconds` of calls after `uncounted` ones that do not count.
+    """Measure the rate of `step` over about `seconds`, after `uncounted` calls.
 
-    `clock` gives seconds, once all that has been asked of the device is done. Each stretch has one
-    step at least, so that a slow step takes longer than `seconds`.
+    `clock` waits until the device is idle and returns seconds. Each stretch has at least one step,
+    so slow steps take longer than `seconds`.
     """
     for _ in range(uncounted):
         step()
     began = clock()
     step()
-    # By one step, so that the clock, for which the device must come to rest, is asked seldom.
+    # One step tells how many fit into a stretch, so that the clock, which waits for the device, is
+    # read rarely.
     first = max(clock() - began, 1e-9)
     count = max(1, round(seconds / _STRETCHES / first))
     rates = []
@@ -51,15 +52,15 @@ def measured_rate(
 
 
 def fitted_steps(minutes: float, rate: Rate) -> int:
-    """The steps of training for which there is time in `minutes`, without the reserve.
+    """The number of training steps that fit into `minutes`, less the reserve.
 
-    Raises `UserError` where there is none for a single one.
+    Raises `UserError` if not even one step fits.
     """
     steps = math.floor((1 - RESERVE) * 60 * minutes * rate.steps_per_second)
     if steps < 1:
         least = 1 / (60 * (1 - RESERVE) * rate.steps_per_second)
         raise UserError(
-            f"--minutes is {minutes:g}, which leaves no time for a step; it must be at least "
+            f"--minutes is {minutes:g}, too short for a single step; it must be at least "
             f"{least:.2g} here"
         )
     return steps

@@ -1,4 +1,4 @@
-"""How long a run is, and what changes over it: learning rate and KL weight."""
+"""A run's length, and what changes with the steps: learning rate and KL weight."""
 
 import math
 from dataclasses import dataclass
@@ -8,19 +8,20 @@ from ladder_vae.runs.options import RunConfig
 
 @dataclass(frozen=True)
 class Length:
-    """A run's length, in steps and minutes; None where there is no such bound."""
+    """A run's length in steps and in minutes; None means no limit."""
 
     steps: int | None
     minutes: float | None
 
     @classmethod
     def of(cls, config: RunConfig, steps_per_epoch: int) -> "Length":
-        """The length that `config` asks for; of several bounds on steps the first counts."""
-        bounds = [config.steps, config.epochs * steps_per_epoch]
-        return cls(min((b for b in bounds if b), default=None), config.max_minutes or None)
+        """The length that `config` asks for; the smaller limit on steps counts."""
+        limits = [config.steps, config.epochs * steps_per_epoch]
+        steps = min((limit for limit in limits if limit), default=None)
+        return cls(steps, config.max_minutes or None)
 
     def progress(self, step: int, minutes: float) -> float:
-        """How much of the run has passed, from 0 to 1; 0 throughout for a run without bounds."""
+        """The fraction of the run that has passed, from 0 to 1; always 0 without a limit."""
         parts = [0.0]
         if self.steps is not None:
             parts.append(step / self.steps)
@@ -37,5 +38,10 @@ def learning_rate(config: RunConfig, step: int, progress: float) -> float:
 
 
 def kl_weight(config: RunConfig, step: int) -> float:
-    """Rises linearly from 0 to 1 over the first `beta_anneal` steps."""
+    """Increases linearly from 0 to 1 over the first `beta_anneal` steps."""
     return min(1.0, step / config.beta_anneal) if config.beta_anneal else 1.0
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something done every `interval` steps (0: never) is due after `step`."""
+    return interval > 0 and step % interval == 0

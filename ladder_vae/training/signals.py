@@ -1,4 +1,4 @@
-"""Signals that end a run in order."""
+"""Signals that stop a run cleanly, and the clock that the processes of a run share."""
 
 import os
 import signal
@@ -7,23 +7,29 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-# Under torchrun one signal may come twice: from who sent it to all processes, and from torchrun,
-# which passes on its own.
+from runtime.distributed import ONE_PROCESS, Ranks
+
+# Under torchrun the same signal may arrive twice: once from the sender, who signals all processes,
+# and once from torchrun, which forwards its own. A second one within this time is ignored.
 _SAME_SIGNAL = 2.0  # seconds
 
 
+class Interrupted(Exception):  # noqa: N818 (not an error)
+    """A signal stopped the run."""
+
+
 class Interruption:
-    """Notes the first SIGINT or SIGTERM, for the run to end in order; a second one acts at once.
+    """Notes the first SIGINT or SIGTERM so that the run stops cleanly; a second one exits at once.
 
     Args:
-        agree: where several processes share the work, turns the number of the signal that has come
-            to this one, or 0, into that of one that has come to any.
+        agree: where several processes share the work, `Clock.agree`: it takes the number of the
+            signal that this process received, or 0, and returns one that any process received.
     """
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
-        self.signal: int | None = None  # what ends the run
+        self.signal: int | None = None  # the signal that stops the run
         self._agree = agree
-        self._noted: int | None = None  # what has come to this process
+        self._noted: int | None = None  # the signal that this process received
         self._noted_at = 0.0
 
     def __enter__(self) -> Self:
@@ -49,20 +55,43 @@ class Interruption:
             self.signal = self._noted
 
     def agree(self) -> None:
-        """Have all processes know of a signal that has come to one; to be called on all alike."""
+        """Let all processes know of a signal that one received. All must call this together."""
         if self._agree is not None:
             self.signal = self._agree(self._noted or 0) or None
 
     def check(self) -> None:
-        """Raise `Interrupted` once a signal has come that is agreed on."""
+        """Raise `Interrupted` after a signal on which the processes have agreed."""
         if self.signal is not None:
             raise Interrupted
 
     def on_images(self, _: int) -> None:
-        """Agree and check, between two groups of images of an evaluation."""
+        """Agree and check; evaluations call this after each group of images."""
         self.agree()
         self.check()
 
 
-class Interrupted(Exception):  # noqa: N818 (no error)
-    """An evaluation was broken off by a signal."""
+class Clock:
+    """Time and signals on which all processes agree.
+
+    A single process simply reads its clock. Several use the first one's time, which advances only
+    when they call `agree`, so that all take the same decisions.
+    """
+
+    def __init__(self, ranks: Ranks = ONE_PROCESS) -> None:
+        self.ranks = ranks
+        self._now = ranks.share(time.monotonic())
+
+    @property
+    def now(self) -> float:
+        """Seconds since some fixed moment."""
+        return time.monotonic() if self.ranks.size == 1 else self._now
+
+    def agree(self, signal: int) -> int:
+        """Update the time, and share signals; never waits for a GPU.
+
+        Takes the number of the signal that this process received, or 0 for none, and returns one
+        that any process received.
+        """
+        now = time.monotonic() if self.ranks.is_first else 0.0
+        self._now, number = self.ranks.largest(now, signal)
+        return int(number)

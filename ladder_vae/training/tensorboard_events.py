@@ -1,7 +1,8 @@
-"""TensorBoard's event files, written piece by piece.
+"""Records of TensorBoard's event files, as bytes.
 
-`SummaryWriter` writes from a thread of its own, which a full disk ends with a traceback, and a
-killed run loses what still waits there. Here a record is in the file once it is written.
+`SummaryWriter` writes from a thread of its own: a full disk ends that thread with a traceback, and
+a killed run loses the records that it has not written yet. The logger therefore appends these
+records to the file itself.
 """
 
 import io
@@ -18,12 +19,12 @@ from torch.utils.tensorboard.summary import hparams, image, scalar, text
 
 
 def event_path(folder: Path) -> Path:
-    """The name of a new event file; TensorBoard reads them in the order of their names."""
+    """The path of a new event file; TensorBoard reads event files in the order of their names."""
     return folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
 
 
 def opening(first_step: int) -> bytes:
-    """The first records of a file: TensorBoard drops what older files hold from `first_step` on."""
+    """The first records of a file: TensorBoard drops older files' records from `first_step` on."""
     now = time.time()
     version = _record(wall_time=now, file_version="brain.Event:2")
     start = SessionLog(status=SessionLog.START)
@@ -31,7 +32,7 @@ def opening(first_step: int) -> bytes:
 
 
 def scalars(step: int, values: Mapping[str, float | None], when: float) -> bytes:
-    """Scalars by tag, logged at the time `when` (in seconds since 1970); None is not a number."""
+    """Scalars by tag, logged at the time `when` (seconds since 1970); None stands for nan."""
     shown = {tag: float("nan") if value is None else value for tag, value in values.items()}
     return b"".join(
         _record(wall_time=when, step=step, summary=scalar(tag, value))
@@ -40,7 +41,7 @@ def scalars(step: int, values: Mapping[str, float | None], when: float) -> bytes
 
 
 def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
-    """A picture: a tensor or array with its dimensions in the order of `dataformats`."""
+    """A picture: a tensor or array whose dimensions have the order `dataformats`."""
     summary = image(name, pixels, dataformats=dataformats)
     return _record(wall_time=time.time(), step=step, summary=summary)
 

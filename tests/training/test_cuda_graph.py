@@ -1,12 +1,11 @@
-"""A recorded step, rehearsed on the CPU.
+"""A recorded training step, rehearsed on the CPU.
 
-A CUDA graph repeats kernels on the memory they were recorded on, and nothing else of the step. What
-stands for it here keeps the operations of one step with the tensors they read and wrote, and
-repeats these: a number that the host had put into them, or a tensor that the step had replaced
-instead of changed, shows in the steps that follow.
+A CUDA graph replays kernels on the memory they were recorded on, and nothing else of the step. The
+stand-in here keeps the operations of one step with the tensors they read and wrote, and repeats
+them. A number that came from the host, or a tensor that was replaced instead of changed in place,
+shows in the following steps.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from elbo import FreeBitsELBO
 from guide import build_ladder
 from ladder_vae.networks import LadderConfig
 from ladder_vae.training.cuda_graph import StepGraph
+from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.moving_average import MovingAverage
 from ladder_vae.training.svi import SVI
 
@@ -85,16 +85,7 @@ def rehearsal(
     return set_up
 
 
-@pytest.fixture
-def adamax_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adamax that keeps its numbers on the device, on the CPU too."""
-    module = sys.modules[torch.optim.Adamax.__module__]
-    monkeypatch.setattr(
-        module, "_get_capturable_supported_devices", lambda supports_xla=True: ["cpu"]
-    )
-
-
-def make_svi(recorded: bool) -> SVI:
+def make_svi(record: bool) -> DeviceSVI:
     torch.manual_seed(0)
     config = LadderConfig(
         z_dims=[2, 3], downsample=[0, 1], n_filters=4, blocks_per_layer=1, dropout=0.3,
@@ -103,9 +94,9 @@ def make_svi(recorded: bool) -> SVI:
     loss_fn: Any = FreeBitsELBO(0.5)(*build_ladder(config, (1, 8, 8)))
     optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-3, weight_decay=1e-3)
     average = MovingAverage(loss_fn, 0.9)
-    svi = SVI(loss_fn, optimizer, clip_norm=50.0, skip_norm=1e6, average=average, recorded=recorded)
-    svi.keep_on_device()
-    return svi
+    return DeviceSVI(
+        loss_fn, optimizer, record=record, clip_norm=50.0, skip_norm=1e6, average=average
+    )
 
 
 def images(step: int) -> Tensor:
@@ -120,7 +111,7 @@ def tensors(svi: SVI) -> list[Tensor]:
     state = [value for entry in svi.optimizer.state.values() for value in entry.values()]
     guard = [value for value in vars(svi.guard).values() if isinstance(value, Tensor)]
     kept = [*svi.loss_fn.parameters(), *svi.loss_fn.buffers(), *svi.average.module.parameters()]
-    totals = [] if svi._totals is None else [svi._totals]
+    totals = [] if svi.sums.totals is None else [svi.sums.totals]
     return [*kept, *svi.average.module.buffers(), svi.average.updates, *state, *guard, *totals]
 
 
@@ -149,7 +140,7 @@ def test_a_recorded_step_goes_the_way_of_one_that_is_not(
     assert len({loss.item() for loss in found}) == 14
     for ours, theirs in zip(tensors(recorded), tensors(plain), strict=True):
         assert torch.equal(ours, theirs)
-    assert recorded.read() == plain.read()
+    assert recorded.sums.read() == plain.sums.read()
     assert recorded.guard.skipped == 1
 
 
@@ -175,22 +166,24 @@ def test_the_state_moves_to_a_host_that_decides_and_back() -> None:
     """Checkpoints of a GPU are read on a CPU, and those of a CPU on a GPU."""
     svi = make_svi(False)
     take_steps(svi, 0, 3)
-    state = svi.optimizer_state()
-    assert all(type(group["lr"]) is float for group in state["param_groups"])
-    host = make_svi(False)
-    fresh = torch.optim.Adamax(host.loss_fn.parameters(), lr=1e-3)
-    host = SVI(host.loss_fn, fresh)
-    host.load_optimizer(state)
-    assert not fresh.param_groups[0]["capturable"]
+    state = svi.state_dict()
+    assert all(type(group["lr"]) is float for group in state["optimizer"]["param_groups"])
+    loss_fn = make_svi(False).loss_fn
+    loss_fn.elbo.kl_weight = 1.0
+    host = SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-3))
+    host.load_state_dict(state)
+    (group,) = host.optimizer.param_groups
+    assert not group["capturable"]
     host.schedule(0.25, 1.0)
-    assert fresh.param_groups[0]["lr"] == 0.25
+    assert group["lr"] == 0.25
     again = make_svi(False)
-    again.load_optimizer(host.optimizer_state())
+    again.load_state_dict(host.state_dict())
     again.schedule(0.25, 0.5)
     (group,) = again.optimizer.param_groups
     assert group["capturable"]
     assert group["lr"].item() == 0.25
     assert float(again.elbo.kl_weight) == 0.5
+    assert again.sums.peek() == host.sums.peek() == svi.sums.peek()
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(
@@ -217,8 +210,8 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(
     assert [graph(torch.tensor(float(i))).item() for i in range(8)] == [*range(1, 9)]
     assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # the sixth was tried, and nothing done on a GPU
     assert capsys.readouterr().err == (
-        "warning: the step is not recorded as a CUDA graph (CUDA error: operation not permitted); "
-        "goes on without\n"
+        "warning: cannot record the step as a CUDA graph (CUDA error: operation not permitted); "
+        "training continues without\n"
     )
 
 
@@ -241,7 +234,7 @@ def test_on_a_gpu_replays_follow_the_steps_and_wait_for_nothing() -> None:
         loss_fn: Any = FreeBitsELBO(0.5, analytic_kl=True)(*build_ladder(config, (1, 28, 28)))
         loss_fn = loss_fn.cuda()
         optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-3)
-        svi = SVI(loss_fn, optimizer, average=MovingAverage(loss_fn, 0.9), recorded=recorded)
+        svi = DeviceSVI(loss_fn, optimizer, record=recorded, average=MovingAverage(loss_fn, 0.9))
         x = torch.rand(8, 1, 28, 28, device="cuda").round()
         torch.manual_seed(1)
         with pyro.validation_enabled(False):
@@ -250,7 +243,7 @@ def test_on_a_gpu_replays_follow_the_steps_and_wait_for_nothing() -> None:
                 torch.cuda.set_sync_debug_mode("error" if step > 6 else "default")
                 svi.step(x)
         torch.cuda.set_sync_debug_mode("default")
-        means = svi.read()
+        means = svi.sums.read()
         assert means is not None
         found.append(means.loss)
     assert found[0] == pytest.approx(found[1], rel=0.05)  # their noise is not the same

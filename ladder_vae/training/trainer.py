@@ -1,0 +1,263 @@
+"""Training a ladder: the state of a run in progress, and the loop over its steps."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from datasets import ImageSet, TrainingBatches
+from ladder_vae.networks.initialization import data_dependent_init
+from ladder_vae.networks.precision import Execution
+from ladder_vae.runs.checkpoint import load_weights
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.run import Run
+from ladder_vae.training.checkpointer import Checkpointer
+from ladder_vae.training.data_parallel import (
+    Replicas,
+    check_batch_statistics,
+    random_states,
+    restore_random_state,
+    seed_noise,
+    synchronised,
+)
+from ladder_vae.training.device_step import DeviceSVI
+from ladder_vae.training.logger import Logger, Monitor
+from ladder_vae.training.moving_average import MovingAverage
+from ladder_vae.training.schedule import Length, is_due, kl_weight, learning_rate
+from ladder_vae.training.signals import Clock, Interrupted, Interruption
+from ladder_vae.training.svi import SVI
+from runtime.distributed import ONE_PROCESS, Ranks
+from runtime.errors import UserError
+
+# Training ends when this many updates in a row were skipped. The host checks this often.
+SKIPPED_IN_A_ROW = 10
+
+
+class Diverged(Exception):  # noqa: N818 (the program did nothing wrong)
+    """Too many updates in a row were skipped. The message says what the user can do."""
+
+
+class Trainer:
+    """A run in progress: networks, optimizer, data, and the number of steps taken.
+
+    Where several processes share the work, each has its own trainer; they differ only in the noise
+    and in the part of the batch that they see.
+
+    Args:
+        loss_fn: Pyro's ELBOModule, `FreeBitsELBO(...)(model, guide)`. Its parameters are trained.
+        images: the training images, on `device`.
+        held_out: the images for evaluations during training, on `device`.
+        ranks: the processes that share each batch.
+
+    Raises `ValueError` if options do not suit the device or the number of processes.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        loss_fn: Any,
+        images: ImageSet,
+        held_out: ImageSet,
+        device: torch.device,
+        ranks: Ranks = ONE_PROCESS,
+    ) -> None:
+        self.config = config
+        self.images = images
+        self.held_out = held_out
+        self.device = device
+        self.ranks = ranks
+        self.clock = Clock(ranks)
+        self.batches = TrainingBatches(images, config.batch_size, config.seed)
+        self.length = Length.of(config, self.batches.steps_per_epoch)
+        check_batch_statistics(config, images.shape, ranks)
+
+        self.execution = Execution.choose(config.precision, config.compile, device)
+        self.loss_fn = loss_fn.to(device)
+        self.execution.lay_out(self.loss_fn)
+        if config.sync_bn:
+            self.loss_fn = synchronised(self.loss_fn, ranks, device)
+        self.average = MovingAverage(self.loss_fn, config.ema) if config.ema else None
+        self.svi = self._svi()
+        self.step = 0
+        self._minutes_before = 0.0
+        self._began = self.clock.now
+
+    def _svi(self) -> SVI:
+        config = self.config
+        optimizer = torch.optim.Adamax(
+            [p for p in self.loss_fn.parameters() if p.requires_grad],
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+        )
+        options: dict[str, Any] = {
+            "clip_norm": config.grad_clip,
+            "skip_norm": config.grad_skip,
+            "spike": config.grad_spike,
+            "average": self.average,
+            "execution": self.execution,
+        }
+        if self.device.type == "cuda":
+            return DeviceSVI(self.loss_fn, optimizer, record=self.ranks.size == 1, **options)
+        return SVI(self.loss_fn, optimizer, **options)
+
+    @property
+    def minutes(self) -> float:
+        """Minutes spent on the run, sessions before a resumption included."""
+        return self._minutes_before + (self.clock.now - self._began) / 60
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its length."""
+        return self.length.progress(self.step, self.minutes) >= 1
+
+    def initialise(self) -> None:
+        """Set the initial weights from the first batch, if the configuration asks for it."""
+        if self.config.data_dep_init:
+            self.loss_fn.train()
+            with data_dependent_init(self.loss_fn):
+                self.loss_fn.guide(self.batches(0))
+
+    def prepare(self) -> None:
+        """Compile the networks, and connect the processes. Call it after the weights are set."""
+        self.execution.compile_blocks(self.loss_fn)
+        if self.ranks.size > 1:
+            if self.step == 0:
+                seed_noise(self.ranks, self.config.seed, self.step)
+            replicas = Replicas(self.loss_fn, self.ranks, self.device)
+            self.loss_fn.train()
+            replicas.warm_up(self._batch())
+            replicas.attach(self.svi)
+
+    def take_step(self) -> None:
+        """Take one training step."""
+        progress = self.length.progress(self.step, self.minutes)
+        self.svi.schedule(
+            learning_rate(self.config, self.step, progress), kl_weight(self.config, self.step)
+        )
+        self.svi.step(self._batch())
+        self.step += 1
+
+    def _batch(self) -> Tensor:
+        """The batch of the next step, or this process's part of it."""
+        return self.batches.part(self.step, self.ranks.rank, self.ranks.size)
+
+    def has_diverged(self, *, wait: bool) -> bool:
+        """Whether too many updates in a row were skipped.
+
+        Without `wait`, a GPU's latest steps may be missing. Several processes always wait, so that
+        all get the same answer.
+        """
+        guard = self.svi.guard
+        row = guard.longest_row if wait or self.ranks.size > 1 else guard.longest_row_seen()
+        return row >= SKIPPED_IN_A_ROW
+
+    def evaluated_module(self) -> nn.Module:
+        """The ELBO module that evaluations use: the moving average if there is one."""
+        return self.loss_fn if self.average is None else self.average.module
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs. All processes must call this together."""
+        return {
+            "weights": self.loss_fn.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "svi": self.svi.state_dict(),
+            "minutes": self.minutes,
+            **random_states(self.ranks, self.device),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; raises `UserError` if it does not fit the run."""
+        if state["svi"] is None:
+            raise UserError("the checkpoint holds only weights, so training cannot resume from it")
+        load_weights(self.loss_fn, state["weights"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.svi.load_state_dict(state["svi"])
+        restore_random_state(state, self.ranks, self.device, self.config.seed)
+        self._minutes_before = state["minutes"]
+        self.step = state["step"]
+        self._began = self.clock.now
+
+
+def train(trainer: Trainer, run: Run | None, signals: Interruption) -> None:
+    """Train until the run reaches its length or a signal arrives.
+
+    Logs, evaluates and writes checkpoints to the run folder; without `run`, nothing is written.
+    Where several processes share the work, the first one writes.
+
+    Raises `Diverged` if too many updates in a row were skipped, and `UserError` if the last
+    checkpoint cannot be written.
+    """
+    config, ranks = trainer.config, trainer.ranks
+    if not ranks.is_first:
+        run = None
+    folder: Path | None = None if run is None else run.path
+    with Monitor(folder, trainer.step, trainer.length.steps, silent=not ranks.is_first) as monitor:
+        logger = Logger(config, trainer.held_out, monitor, trainer.step, ranks)
+        checkpointer = Checkpointer(
+            run, config, trainer.state, monitor, trainer.step, trainer.clock
+        )
+        if trainer.step == 0:
+            monitor.configuration(config.options(), logger.elbo_tag)
+        trainer.loss_fn.train()
+        try:
+            _take_steps(trainer, run, logger, checkpointer, signals)
+        except Interrupted:
+            monitor.say(f"interrupted after step {trainer.step}")
+        checkpointer.save(trainer.step, final=True)
+
+
+def _take_steps(
+    trainer: Trainer,
+    run: Run | None,
+    logger: Logger,
+    checkpointer: Checkpointer,
+    signals: Interruption,
+) -> None:
+    """The training loop. Raises `Interrupted` after a signal."""
+    config = trainer.config
+    finished = trainer.finished
+    if trainer.step > 0:  # the run may have been interrupted during this step's evaluation
+        _evaluate_if_due(trainer, logger, checkpointer, signals, finished)
+    while not finished:
+        trainer.take_step()
+        signals.agree()
+        finished = trainer.finished  # once per step: with --max-minutes it depends on the clock
+        logger.progress(trainer.step, trainer.svi)
+        if is_due(trainer.step, config.tr_log_interv):
+            logger.training_entry(trainer.step, trainer.svi)
+        if (is_due(trainer.step, SKIPPED_IN_A_ROW) or finished) and trainer.has_diverged(
+            wait=finished
+        ):
+            raise Diverged(_advice(trainer.step, run))
+        if finished or checkpointer.is_due(trainer.step):
+            checkpointer.save(trainer.step)
+        signals.check()
+        _evaluate_if_due(trainer, logger, checkpointer, signals, finished)
+
+
+def _evaluate_if_due(
+    trainer: Trainer,
+    logger: Logger,
+    checkpointer: Checkpointer,
+    signals: Interruption,
+    finished: bool,
+) -> None:
+    config, step, module = trainer.config, trainer.step, trainer.evaluated_module()
+    if finished or is_due(step, config.ts_log_interv):
+        negative_elbo = logger.evaluation(step, module, signals.on_images)
+        checkpointer.evaluated(step, negative_elbo)
+    if is_due(step, config.ll_interv):
+        logger.bound(step, module, signals.on_images)
+
+
+def _advice(step: int, run: Run | None) -> str:
+    """What to do after training has diverged."""
+    steps = [] if run is None else run.checkpoint_steps()
+    last = f"the last good checkpoint is that of step {steps[-1]}" if steps else "no checkpoint yet"
+    how = f"--resume {run.path}" if run is not None and steps else "start again"
+    return (
+        f"step {step}: {SKIPPED_IN_A_ROW} updates in a row were skipped because their loss or "
+        f"gradient was not finite or exploded; {last}: {how} with a lower --lr, or with --grad-clip"
+    )

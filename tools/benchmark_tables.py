@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ladder_vae.reports.tables import markdown_rows
+
 Results = dict[str, Any]
 
 LINE_TITLES = {
@@ -31,15 +33,16 @@ INTERRUPTIONS = {
 # --- Formatting ---
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns of numbers are aligned to the right."""
+    cell = re.compile(r"[-+±\d., ]*(%| GiB| MB| G)?")
+    numbers = [i for i in range(len(header)) if all(cell.fullmatch(row[i]) for row in rows)]
+    return markdown_rows(header, rows, numbers)
 
 
 def measured_table(
     header: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Sequence[Sequence[str]],
     cases: Iterable[Results],
     note: str = "",
 ) -> str:

@@ -74,8 +74,8 @@ ROWS = """\
 1,500 test images, measured on a machine, commit abc."""
 WARNING = """
 
-For 6% of the images a few importance samples dominate (Pareto k-hat above 0.7). The bound is loose \
-for them; more samples would tighten it."""
+For 6% of the images a few importance samples dominate (Pareto k-hat above 0.7). The bound is \
+loose for them; more samples would tighten it."""
 
 
 @pytest.mark.parametrize(("share", "warning"), [(0.04, ""), (0.06, WARNING)])

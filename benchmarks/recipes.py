@@ -24,7 +24,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from ladder_vae.training.trainer import train
 from torch import Tensor, nn
 
 import evaluate
@@ -40,6 +39,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.signals import Interruption
+from ladder_vae.training.trainer import train
 from runtime.errors import run_command
 from runtime.files import write_atomically, write_json
 
@@ -123,7 +123,7 @@ class Recipe:
 
     def config(self, seed: int) -> RunConfig:
         """The configuration of a run; all recipes of a kind see the same number of images."""
-        config = config_of_text(f"{SETTING} {self.options}")
+        config = config_of_text(f"{SETTING} {self.options} --steps 1")
         steps = (DEEP_IMAGES if self.is_deep else IMAGES) // config.batch_size
         return replace(config, steps=steps, seed=seed, ts_log_interv=0, ckpt_interv=0)
 

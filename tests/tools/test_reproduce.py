@@ -32,7 +32,7 @@ from ladder_vae.training.rate import Rate, fitted_steps, measured_rate
 from ladder_vae.training.signals import Interrupted
 from runtime.errors import UserError
 from tests.commands import ROOT, content, refusal, run, subprocess_environment, words
-from tests.datasets.test_datasets_celeba import Published, published  # noqa: F401 (a fixture)
+from tests.datasets.test_celeba import Published, published  # noqa: F401 (a fixture)
 from tests.made_data import make_svhn, serving
 from tests.runs.test_presets import made_images
 from tools import readme_tables as readme

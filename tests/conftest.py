@@ -37,6 +37,14 @@ def clean_start() -> None:
 
 
 @pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `tmp_path` the current folder, and ignore LVAE_DATA."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LVAE_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
 def x() -> Tensor:
     """Five binary images, all different."""
     return torch.bernoulli(torch.full((5, *IMAGE_SHAPE), 0.4))

@@ -61,7 +61,7 @@ class Survival:
 
 def import_once() -> None:
     """Import what training imports when it comes to it, for all processes that are forked off."""
-    for name in ("events", "sklearn.datasets", "torchvision.transforms", "torchvision.utils"):
+    for name in ("ladder_vae.training.tensorboard_events", "sklearn.datasets", "torchvision.transforms", "torchvision.utils"):
         importlib.import_module(name)
 
 

@@ -19,6 +19,12 @@ LADDER = (
     "--test-batch-size 297 --beta-anneal 5 --lr-warmup 3 --lr-decay none --ema 0.9 --device cpu "
     "--tr-log-interv 3 --ts-log-interv 4 --ll-interv 5 --ll-samples 2 --ll-images 20"
 ).split()
+# The run of the fixture `trained_run`: everything that a run folder can hold.
+TRAINED_RUN = (
+    "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --ema 0.9 "
+    "--test-batch-size 297 --beta-anneal 10 --device cpu --steps 30 --tr-log-interv 10 "
+    "--ts-log-interv 15 --ll-interv 15 --ll-samples 2 --ckpt-interv 10 --keep-checkpoints 2"
+).split()
 RESUME = ["--resume", "run", "--device", "cpu"]
 
 

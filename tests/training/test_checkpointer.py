@@ -59,7 +59,7 @@ def test_only_the_newest_checkpoints_are_kept() -> None:
 
 
 class FullDisk:
-    """While `is_full`, files with some names cannot be created, or "appended" files not extended."""
+    """While `is_full`, files whose names match cannot be written, or "appended" ones not extended."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
         self.is_full = False

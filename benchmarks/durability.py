@@ -1,28 +1,26 @@
-"""What training survives: kills, signals, damaged checkpoints, a full disk, made-up input.
+"""What training survives: kills, signals, damaged checkpoints, a full disk, random input.
 
     python -m benchmarks.durability [--kills 20] [--seed 0]
 
-Trains a tiny ladder in a process that is killed again and again at random moments and resumed each
-time; what comes out must be, to the bit, what an undisturbed run gives. The same with two processes
-that share each batch, of which one is killed, and the other ends. Checkpoints are damaged at
-random places, and must be refused. With the right to mount one, a run is trained on a small file
-system that fills up and is cleared again. Runs the tests with made-up input, and counts their
-cases. Writes results/durability.json.
+Trains a tiny ladder in a process that is killed at random moments and resumed each time; the
+result must equal that of an undisturbed run, bit for bit. The same with two processes that share
+each batch: one of them is killed, and the other ends. Damages checkpoints at random places, all of
+which must be detected. Trains on a small file system that fills up and is cleared again, if this
+user may mount one. Runs the tests with random input and counts their cases. Writes
+results/durability.json.
 """
 
-import argparse
 import importlib
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,10 @@ from typing import Any
 import torch
 
 import train_svi
+from benchmarks.harness.arguments import benchmark_parser
+from benchmarks.harness.processes import rank_environments as rank_environments
+from benchmarks.harness.records import ROOT
+from evaluate import at_least
 from ladder_vae.runs.checkpoint import Damaged, read_checkpoint
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.provenance import provenance
@@ -38,11 +40,10 @@ from ladder_vae.runs.run import Run
 from runtime.errors import UserError, run_command
 from runtime.files import write_json
 
-ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "durability.json"
 CPU = torch.device("cpu")
-# A ladder whose step takes some milliseconds, with all that has a state: dropout, batch
-# normalisation, a moving average, a KL weight and a learning rate that change.
+# A ladder whose step takes some milliseconds, with everything that has a state: dropout, batch
+# normalisation, a moving average, and changing KL weight and learning rate.
 LADDER = (
     "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --dropout 0.2 "
     "--test-batch-size 297 --beta-anneal 30 --lr-warmup 10 --ema 0.9 --device cpu "
@@ -53,22 +54,27 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Survival:
-    """What came of a run that was ended again and again."""
+    """The result of a run that was interrupted repeatedly."""
 
-    ended: int  # how often it was ended before its end
+    ended: int  # number of interruptions
     differences: list[str]  # from the undisturbed run; empty if it survived
 
 
 def import_once() -> None:
-    """Import what training imports when it comes to it, for all processes that are forked off."""
-    for name in ("ladder_vae.training.tensorboard_events", "sklearn.datasets", "torchvision.transforms", "torchvision.utils"):
+    """Import the modules that training imports late, before processes are forked."""
+    for name in (
+        "ladder_vae.training.tensorboard_events",
+        "sklearn.datasets",
+        "torchvision.transforms",
+        "torchvision.utils",
+    ):
         importlib.import_module(name)
 
 
 def start(
     arguments: Sequence[object], log: Path, environment: Mapping[str, str] | None = None
 ) -> int:
-    """Train in a process of its own, forked off this one; returns its number."""
+    """Train in a process forked from this one; returns its number."""
     process = os.fork()
     if process:
         return process
@@ -86,19 +92,8 @@ def start(
         os._exit(code)
 
 
-def rank_environments(count: int) -> list[dict[str, str]]:
-    """As torchrun sets them for its processes on one machine; nothing for a process on its own."""
-    if count == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    return [same | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
-
-
 def start_ranks(count: int, arguments: Sequence[object], log: Path) -> list[int]:
-    """Train in several processes that share each batch; returns their numbers by rank."""
+    """Train in several processes that share each batch; returns their numbers, by rank."""
     return [start(arguments, log, environment) for environment in rank_environments(count)]
 
 
@@ -110,9 +105,9 @@ def finish(process: int) -> int:
 def end_at_random(
     processes: Sequence[int], folder: Path, number: signal.Signals, rng: random.Random
 ) -> int:
-    """Send one of them a signal after some log entries and milliseconds more.
+    """Send a signal to one of the processes after a few log entries and milliseconds.
 
-    Returns its exit code, once all of them have ended.
+    Returns its exit code after all of them have ended.
     """
     process = rng.choice(processes)
     wanted = size(folder / "metrics.jsonl") + rng.choice([0, 0, 1, 300, 600, 1200])
@@ -121,7 +116,7 @@ def end_at_random(
             break
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
-    os.kill(process, number)  # the process is there until it is waited for
+    os.kill(process, number)  # the process exists until it is waited for
     code = finish(process)
     for other in processes:
         if other != process:
@@ -137,11 +132,10 @@ def size(path: Path) -> int:
 def survive(
     folder: Path, kills: int, number: signal.Signals, seed: int, ranks: int = 1
 ) -> Survival:
-    """Train one run undisturbed, and one that `number` ends `kills` times; compare them.
+    """Train one run undisturbed and one that the signal `number` interrupts `kills` times.
 
-    Of several ranks a random one gets the signal.
-
-    Raises `UserError` where the run did not go on.
+    With several processes, a random one gets the signal. Raises `UserError` if the run cannot be
+    resumed.
     """
     rng = random.Random(seed)
     steps = ["--steps", 8 * kills + 10]
@@ -156,7 +150,7 @@ def survive(
         processes = start_ranks(ranks, how if begun else [*how, "--out", disturbed], log)
         code = end_at_random(processes, disturbed, number, rng)
         if code not in (-number, 128 + number):
-            raise UserError(f"a run ended with code {code} before it was ended; see {log}")
+            raise UserError(f"a run ended with code {code} before it got the signal; see {log}")
         ended += 1
     resumed = start_ranks(ranks, ["--resume", disturbed, "--device", "cpu"], log)
     if code := max(map(finish, resumed), key=abs):
@@ -165,7 +159,7 @@ def survive(
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """In what two runs differ, but for the time they took."""
+    """The parts in which two runs differ, apart from the time they took."""
     found = []
     runs = [Run.open(folder) for folder in (a, b)]
     if runs[0].best() != runs[1].best():
@@ -180,14 +174,14 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def untimed_entries(folder: Path) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl, without what depends on the clock."""
+    """The entries of metrics.jsonl without the values that depend on the clock."""
     timed = {"time", "train/images_per_second"}
     entries = read_entries(folder / "metrics.jsonl")
     return [{name: entry[name] for name in entry.keys() - timed} for entry in entries]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are the same, to the bit."""
+    """Whether two nested states are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -198,7 +192,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def damaged_refused(path: Path, count: int, seed: int) -> tuple[int, int]:
-    """Damage a checkpoint's bytes `count` times; returns how many were refused, and `count`."""
+    """Damage a checkpoint `count` times; returns how many were detected, and `count`."""
     rng = random.Random(seed)
     whole, refused = path.read_bytes(), 0
     for case in range(count):
@@ -218,7 +212,7 @@ def damaged_refused(path: Path, count: int, seed: int) -> tuple[int, int]:
 
 @contextmanager
 def small_file_system(folder: Path, size: str) -> Iterator[bool]:
-    """A file system of its own at `folder`; whether that was possible."""
+    """A small file system at `folder`; yields whether it could be mounted."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
@@ -233,7 +227,7 @@ def small_file_system(folder: Path, size: str) -> Iterator[bool]:
 
 
 def survive_full_disk(folder: Path) -> dict[str, Any] | None:
-    """Train while the file system fills up and is cleared again; None where none can be made."""
+    """Train while the disk fills up and is cleared again; None if none can be mounted."""
     with small_file_system(folder / "small", "4m") as mounted:
         if not mounted:
             return None
@@ -258,17 +252,17 @@ def survive_full_disk(folder: Path) -> dict[str, Any] | None:
         }
 
 
-def wait_for(happens: Any) -> None:
-    """Wait until something happens; raises `UserError` after two minutes."""
+def wait_for(happens: Callable[[], bool]) -> None:
+    """Wait until `happens` returns true; raises `UserError` after two minutes."""
     deadline = time.monotonic() + 120
     while not happens():
         if time.monotonic() > deadline:
-            raise UserError("the run on the small file system does not go on")
+            raise UserError("the run on the small file system does not continue")
         time.sleep(0.01)
 
 
 def fill(path: Path) -> None:
-    """Write a file until there is no room left."""
+    """Write a file until the disk is full."""
     with path.open("wb", buffering=0) as file:
         try:
             while True:
@@ -277,21 +271,14 @@ def fill(path: Path) -> None:
             pass
 
 
-def made_up_cases() -> dict[str, int]:
-    """Run tests/test_fuzz.py; returns how many cases each test has seen."""
+def random_input_cases() -> dict[str, int]:
+    """Run the tests with random input; returns the number of cases of each test."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "tests/test_fuzz.py",
-            "-o",
-            "junit_family=legacy",
-        ]
-        command.append(f"--junitxml={report}")
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise UserError("tests/test_fuzz.py fails")
+        tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_fuzz*.py"))]
+        options = ["-o", "junit_family=legacy", f"--junitxml={report}"]
+        if subprocess.run([sys.executable, "-m", "pytest", *tests, *options], cwd=ROOT).returncode:
+            raise UserError("the tests with random input fail")
         return {
             case.attrib["name"]: int(entry.attrib["value"])
             for case in ElementTree.parse(report).iter("testcase")
@@ -300,39 +287,41 @@ def made_up_cases() -> dict[str, int]:
         }
 
 
+def results(folder: Path, kills: int, seed: int) -> dict[str, Any]:
+    """The results of everything but random input, with files in `folder`."""
+    result: dict[str, Any] = {"seed": seed}
+    for ranks in (1, 2):
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            kind = number.name if ranks == 1 else f"{number.name}_of_one_of_{ranks}"
+            (folder / kind).mkdir()
+            found = survive(folder / kind, kills, number, seed, ranks)
+            result[kind] = {"survived": found.ended, "differences": found.differences}
+            print(f"{kind}: {found.ended} times; differences: {found.differences}", flush=True)
+    run = Run.open(folder / signal.SIGKILL.name / "disturbed")
+    newest = run.checkpoint_path(run.checkpoint_steps()[-1])
+    refused, count = damaged_refused(newest, 500, seed)
+    result["damaged_checkpoints"] = {"refused": refused, "of": count}
+    print(f"damaged checkpoints detected: {refused} of {count}", flush=True)
+    result["full_disk"] = survive_full_disk(folder)
+    print(f"full disk: {result['full_disk']}", flush=True)
+    return result
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.durability", description="Measure what training survives."
+    parser = benchmark_parser("durability", "Measure what training survives.")
+    parser.add_argument(
+        "--kills", type=at_least(1), default=20, metavar="N", help="of each kind (default: 20)"
     )
-    parser.add_argument("--kills", type=int, default=20, help="of each kind (default: 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random moments (default: 0)"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.kills < 1:
-        raise UserError(f"--kills is {arguments.kills}; it must be at least 1")
     torch.set_num_threads(1)
     import_once()
-    result: dict[str, Any] = {"seed": arguments.seed}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for ranks in (1, 2):
-            for number in (signal.SIGKILL, signal.SIGTERM):
-                kind = number.name if ranks == 1 else f"{number.name}_of_one_of_{ranks}"
-                (folder / kind).mkdir()
-                found = survive(folder / kind, arguments.kills, number, arguments.seed, ranks)
-                result[kind] = {"survived": found.ended, "differences": found.differences}
-                print(
-                    f"{kind}: ended {found.ended} times; differs in {found.differences}",
-                    flush=True,
-                )
-        run = Run.open(folder / signal.SIGKILL.name / "disturbed")
-        newest = run.checkpoint_path(run.checkpoint_steps()[-1])
-        refused, count = damaged_refused(newest, 500, arguments.seed)
-        result["damaged_checkpoints"] = {"refused": refused, "of": count}
-        print(f"damaged checkpoints refused: {refused} of {count}", flush=True)
-        result["full_disk"] = survive_full_disk(folder)
-        print(f"full disk: {result['full_disk']}", flush=True)
-    result["made_up_cases"] = made_up_cases()
-    print(f"made-up cases: {sum(result['made_up_cases'].values())}")
+    with tempfile.TemporaryDirectory() as folder:
+        result = results(Path(folder), arguments.kills, arguments.seed)
+    result["made_up_cases"] = random_input_cases()
+    print(f"random input: {sum(result['made_up_cases'].values())} cases")
     write_json(RESULT, result | {"provenance": provenance(CPU)})
     return 0
 

@@ -1,24 +1,26 @@
-"""How fast the importance-weighted bound is, beside running the whole network for every sample.
+"""Time and memory of the importance-weighted bound: ours, and the whole network for every sample.
 
     python -m benchmarks.evaluation [--presets digits mnist-3] [--batch-sizes 16 64] [--lines ...]
 
-The bottom-up pass depends on the image alone: the sampler runs it once for a group of images, the
-straightforward way once for every image and sample. A line is a way to the same bounds,
+The bottom-up pass depends on the image alone: our sampler runs it once for a group of images, the
+straightforward way once for every image and sample. A line is a way to compute the same bounds,
 KIND/OPTIONS:
 
-    ours/bf16+channels_last     importance.py's sampler; options are a precision (float32, tf32,
-                                bf16) and +channels_last and +compile where they are wanted
-    whole/bf16+channels_last    the whole network for every image and sample (benchmarks/plain.py)
-    plain                       that as plain PyTorch has it by default: eager, float32, and with
-                                the C library's allocator as it is, where ours keeps memory
-    bottom_up/float32           the part of `whole` that our sampler does once
+    ours/bf16+channels_last     the sampler of importance.py; options are a precision (float32,
+                                tf32, bf16), then optionally +channels_last and +compile
+    whole/bf16+channels_last    the whole network for every image and sample (harness/plain.py)
+    plain                       that with all of PyTorch's defaults: eager, float32, and with the
+                                C library's default allocator settings
+    bottom_up/float32           the part of `whole` that our sampler runs only once
 
-All draw the same noise in the same blocks; how far their bounds are apart is measured too. Weights
-and images are random, which changes no time. Each line is a process of its own; they take turns, so
-that whatever else the machine does slows all alike. Figures are medians over --repeats, of one
-group of images, per image and sample. Peak memory is on the CPU the highest resident set of the
-line's process, on a GPU what PyTorch allocated. Prints a table, and puts the figures in the place
-of earlier ones of the same preset, batch size and machine in results/benchmarks/evaluation.json.
+All lines draw the same noise in the same blocks, and the largest difference between their bounds is
+reported. Each line runs in its own process, and the lines take turns. Results are medians over
+--repeats turns with one group of images, per image and sample. Weights and images are random, which
+does not affect the times. Peak memory is the largest resident set of the line's process on the CPU,
+and PyTorch's allocations on a GPU.
+
+Prints a table and writes results/benchmarks/evaluation.json, where results replace earlier ones of
+the same preset, batch size and machine.
 """
 
 import argparse
@@ -26,7 +28,6 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,30 +35,35 @@ import torch
 from torch import Tensor
 
 import datasets
-from benchmarks import plain
-from benchmarks.lines import Case, Line
-from benchmarks.memory import GIB
-from benchmarks.processes import Timed, median_seconds, processes
-from benchmarks.records import known, machine_of, merged
+from benchmarks.harness import plain
+from benchmarks.harness.arguments import (
+    add_device,
+    add_presets,
+    add_repeats,
+    benchmark_parser,
+)
+from benchmarks.harness.lines import Case, Line
+from benchmarks.harness.memory import GIB
+from benchmarks.harness.processes import Timed, median_seconds, processes
+from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
 from datasets import ImageSet
 from datasets.images import ColourImages, PackedImages, Shape
-from guide import build_ladder
+from evaluate import at_least
+from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import Blocks, ImportanceSampler
 from ladder_vae.networks.precision import Execution
-from ladder_vae.runs.command_line import OneLineParser
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
+from model import LadderModel
 from runtime.device import choose_device
-from runtime.errors import UserError, run_command
+from runtime.errors import run_command
 from runtime.files import write_json
 from runtime.random import torch_seed
 
-MODULE = "benchmarks.evaluation"
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "evaluation.json"
+RESULT = RESULTS / "evaluation.json"
 KINDS = ("ours", "whole", "plain", "bottom_up")
-DEFAULT_PRESETS = ("digits", "mnist-3", "mnist-12")
 DEFAULT_LINES = (
     "plain",
     "whole/float32+channels_last",
@@ -70,7 +76,7 @@ DEFAULT_LINES = (
 
 
 def random_images(config: RunConfig, shape: Shape, count: int) -> ImageSet:
-    """Noise in the place of a data set's images."""
+    """Noise in place of a data set's images."""
     random = np.random.default_rng(0)
     if datasets.is_binary(config.dataset):
         bits = random.integers(0, 2, (count, *shape), np.uint8)
@@ -80,16 +86,18 @@ def random_images(config: RunConfig, shape: Shape, count: int) -> ImageSet:
     return ColourImages(config.dataset, "test", shape, torch.from_numpy(levels))
 
 
-def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSampler:
-    """A sampler of one group of images."""
+def sampler_of(
+    case: Case, samples: int, execution: Execution
+) -> tuple[LadderModel, LadderGuide, ImportanceSampler]:
+    """A pair and its sampler for one group of images."""
     device = torch.device(case.device)
     torch.manual_seed(0)
-    model, guide = build_ladder(case.config, case.image_shape)
+    model, guide = build_ladder(case.config.ladder, case.image_shape)
     for module in (model, guide):
         execution.prepare(module.to(device).eval())
     count = Blocks.of(case.batch_size, samples).images
     images = random_images(case.config, case.image_shape, count).to(device)
-    return ImportanceSampler(
+    sampler = ImportanceSampler(
         model,
         guide,
         images,
@@ -99,14 +107,15 @@ def sampler_of(case: Case, samples: int, execution: Execution) -> ImportanceSamp
         seed=0,
         execution=execution,
     )
+    return model, guide, sampler
 
 
 class Way(Timed):
-    """One of the ways to the bounds of a group of images."""
+    """One way to compute the bounds of a group of images."""
 
     def __init__(self, case: Case, line: Line, samples: int) -> None:
         super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
-        self._sampler = sampler_of(case, samples, line.execution)
+        self._model, self._guide, self._sampler = sampler_of(case, samples, line.execution)
         self._execution = line.execution
         ways: dict[str, Callable[[], object]] = {
             "ours": self.ours,
@@ -117,33 +126,33 @@ class Way(Timed):
         self.run = ways[line.kind]
 
     def ours(self) -> Tensor:
-        """(N,), the bounds of the group."""
+        """The bounds (N,) of the group by our sampler."""
         return self._sampler.group(0).importance_weighted[self._sampler.samples[-1]]
 
     @torch.no_grad()
     def whole(self) -> Tensor:
-        """(N,), with the whole network for every image and sample."""
+        """The bounds (N,) by the whole network for every image and sample."""
         sampler, x = self._sampler, self._images()
         log_w = []
         for chunk, k in enumerate(sampler.blocks.chunks(sampler.samples[-1])):
             torch.manual_seed(torch_seed(sampler.seed, 0, 0, chunk))  # the sampler's own noise
             with self._execution.autocast(self.device):
                 log_likelihood, kl = plain.ladder_terms(
-                    sampler.model, sampler.guide, x.repeat_interleave(k, 0)
+                    self._model, self._guide, x.repeat_interleave(k, 0)
                 )
             log_w.append((log_likelihood - kl.sum(1)).view(len(x), k).cpu().double())
         return torch.cat(log_w, 1).logsumexp(1) - math.log(sampler.samples[-1])
 
     @torch.no_grad()
     def bottom_up(self) -> None:
-        """The part of `whole` that our sampler does once."""
+        """The part of `whole` that our sampler runs only once."""
         x = self._images()
         for k in self._sampler.blocks.chunks(self._sampler.samples[-1]):
             with self._execution.autocast(self.device):
-                self._sampler.guide.bottom_up(x.repeat_interleave(k, 0))
+                self._guide.bottom_up(x.repeat_interleave(k, 0))
 
     def bounds(self) -> list[float]:
-        """In nats, one for each image; of `bottom_up` there are none."""
+        """The bound of each image in nats; empty for `bottom_up`."""
         found = self.run()
         return found.tolist() if isinstance(found, Tensor) else []
 
@@ -155,7 +164,7 @@ class Way(Timed):
 def measured(
     case: Case, lines: Sequence[Line], samples: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each line, by name; bounds are compared with those of the first line."""
+    """The results of each line, by name; bounds are compared with those of the first line."""
     pairs = Blocks.of(case.batch_size, samples).images * samples
     makers = {line.name: partial(Way, case, line, samples) for line in lines}
     with processes(makers, torch.device(case.device)) as started:
@@ -177,8 +186,8 @@ def measured(
     return found
 
 
-def figures(case: Case, lines: Sequence[Line], samples: int, repeats: int) -> dict[str, Any]:
-    """All that is measured of a case."""
+def results(case: Case, lines: Sequence[Line], samples: int, repeats: int) -> dict[str, Any]:
+    """All results of a case."""
     blocks = Blocks.of(case.batch_size, samples)
     return {
         "preset": case.preset,
@@ -195,7 +204,7 @@ def figures(case: Case, lines: Sequence[Line], samples: int, repeats: int) -> di
 
 
 def table(found: dict[str, Any]) -> str:
-    """One case's figures."""
+    """The results of one case, formatted."""
     lines = [
         f"{found['preset']}, batch {found['batch_size']}, {machine_of(found)}; "
         "ms per image and sample",
@@ -215,25 +224,23 @@ def table(found: dict[str, Any]) -> str:
 
 
 def automatic_size(preset: str, device: torch.device) -> int:
-    """What memory.py chooses."""
+    """The batch size that evaluate.py chooses."""
     config = RunConfig.of(**PRESETS[preset])
     shape = datasets.image_shape(config.dataset)
     _, guide = build_ladder(config.ladder, shape)
     x = torch.zeros(1, *shape, device=device)
-    return automatic_batch_size(config, guide.to(device).eval(), x)
+    return automatic_batch_size(config.ladder, guide.to(device).eval(), x)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog=f"python -m {MODULE}", description="Time the importance-weighted bound."
-    )
-    parser.add_argument("--presets", nargs="+", default=DEFAULT_PRESETS, metavar="NAME")
+    parser = benchmark_parser("evaluation", "Time the importance-weighted bound.")
+    add_presets(parser, ["digits", "mnist-3", "mnist-12"])
     parser.add_argument(
         "--batch-sizes",
-        type=int,
+        type=at_least(1),
         nargs="+",
         metavar="N",
-        help="images times samples per pass (default: what memory.py chooses)",
+        help="images times samples per pass (default: as evaluate.py chooses)",
     )
     parser.add_argument(
         "--lines",
@@ -242,15 +249,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LINE",
         help=f"what to compare (default: {' '.join(DEFAULT_LINES)})",
     )
-    parser.add_argument("--samples", type=int, default=64, help="of each image (default: 64)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    parser.add_argument(
+        "--samples", type=at_least(1), default=64, help="samples per image (default: 64)"
+    )
+    add_repeats(parser, 5)
+    add_device(parser)
     arguments = parser.parse_args(argv)
-    for name in arguments.presets:
-        if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
-    if min(arguments.samples, arguments.repeats, *(arguments.batch_sizes or [1])) < 1:
-        raise UserError("--batch-sizes, --samples and --repeats must be at least 1")
     arguments.lines = [Line.named(name, KINDS) for name in arguments.lines]
     return arguments
 
@@ -258,10 +262,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = choose_device(arguments.device)
-    known(RESULT)  # refused now, rather than when all is measured
+    known_cases(RESULT)  # fails now rather than after the measurement
     for preset, size in product(arguments.presets, arguments.batch_sizes or [None]):
         case = Case(preset, size or automatic_size(preset, device), str(device))
-        found = figures(case, arguments.lines, arguments.samples, arguments.repeats)
+        found = results(case, arguments.lines, arguments.samples, arguments.repeats)
         print(table(found), flush=True)
         write_json(RESULT, {"cases": merged(RESULT, found)})
     return 0

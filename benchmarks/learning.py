@@ -1,24 +1,22 @@
-"""Whether learning is unharmed by how fast a step is taken.
+"""What fast paths learn: the same small ladder, trained with each set of options.
 
-    python -m benchmarks.learning --data-dir DATA [--only OPTIONS SEED]
+    python -m benchmarks.learning --data-dir DATA [--only OPTIONS SEED] [--steps 2000]
 
-A small ladder on static MNIST is trained for the same number of steps by each set of options, from
-the same seeds, with train_svi.py as it stands, in a process of its own and on one thread. Kept are
-the curve of the training and the ELBO of all test images at the end: of the same weights and with
-the same noise in float32 and in bf16, so that what precision does to the figure is told apart from
-what it did to the learning. Runs are put into results/benchmarks/learning.json one by one, each in
-the place of an earlier one of its options and seed, and drawn in learning.png beside it.
+Trains a small ladder on static MNIST for the same number of steps with each set of options, from
+the same seeds, each in its own process and on one thread. Records the training curve and the final
+ELBO of all test images. The ELBO is computed from the same weights with the same noise in float32
+and in bf16, to separate the effect of precision on the evaluation from its effect on training.
+
+Each run is added to results/benchmarks/learning.json, where it replaces an earlier one of the same
+options and seed; learning.png shows all of them.
 """
 
 import argparse
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,66 +24,78 @@ from typing import Any
 
 import pyro
 import torch
+from ladder_vae.training.trainer import train
 from torch import Tensor
 
 import datasets
-from benchmarks.charts import draw_learning
-from benchmarks.lines import execution_named
+import train_svi
+from benchmarks.harness.arguments import add_data_dir, benchmark_parser, config_of_text
+from benchmarks.harness.charts import draw_learning
+from benchmarks.harness.lines import execution_named
+from benchmarks.harness.processes import in_fresh_processes
+from benchmarks.harness.records import RESULTS, read_entries
 from datasets import ImageSet
-from evaluate import Trained
+from evaluate import at_least
+from ladder import Ladder
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
-from ladder_vae.runs.command_line import OneLineParser
-from ladder_vae.runs.metrics_log import read_entries
+from ladder_vae.runs import metrics_log
+from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
+from ladder_vae.training.signals import Interruption
 from runtime.device import keep_freed_memory
 from runtime.errors import UserError, run_command
 from runtime.files import write_json
 
-MODULE = "benchmarks.learning"
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "results" / "benchmarks" / "learning.json"
+RESULT = RESULTS / "learning.json"
 PICTURE = RESULT.with_suffix(".png")
 CPU = torch.device("cpu")
 
 SETTING = (
     "--zdims 8 8 8 --downsample 1 1 1 --blocks-per-layer 1 --nfilters 16 --skip --gated "
     "--learn-top-prior --data-dep-init --freebits 0.5 --dataset static_mnist --batch-size 64"
-).split()
-LOGGING = "--tr-log-interv 50 --ts-log-interv 0 --ll-interv 0 --ckpt-interv 0".split()
-PLAIN = "float32"  # what the others are compared with
+)
+LOG_INTERVAL = 50
+PLAIN = "float32"  # the others are compared with it
 OPTIONS = (PLAIN, "float32+compile", "bf16", "bf16+compile")
 SEEDS = (1, 2, 3)
-DATASET = "static_mnist"
 EVALUATION_BATCH = 100
 PRECISIONS = ("float32", "bf16")  # of the evaluation
-LAST_STEPS = 500  # that the mean at the end of a curve is over
+LAST_STEPS = 500  # the end of a curve is the mean over these
 
 
-def flags(options: str) -> list[str]:
-    """The options of train_svi.py for a name such as `bf16+compile`; the layout is its own."""
+def config_of(options: str, seed: int, steps: int) -> RunConfig:
+    """The configuration of a run with options such as `bf16+compile`."""
     execution = execution_named(options)
-    compile = "yes" if execution.compile else "no"
-    return ["--precision", execution.precision, "--compile", compile]
+    return replace(
+        config_of_text(SETTING),
+        precision=execution.precision,
+        compile="yes" if execution.compile else "no",
+        seed=seed,
+        steps=steps,
+        tr_log_interv=LOG_INTERVAL,
+        ts_log_interv=0,
+        ll_interv=0,
+        ckpt_interv=0,
+    )
 
 
-def trained(folder: Path, options: str, seed: int, steps: int, data_dir: Path) -> float:
-    """Train into `folder`; returns the seconds that it took."""
-    command = [sys.executable, str(ROOT / "train_svi.py"), *SETTING, *LOGGING, *flags(options)]
-    command += ["--steps", str(steps), "--seed", str(seed), "--device", "cpu"]
-    command += ["--data-dir", str(data_dir.resolve()), "--out", str(folder)]
+def train_run(config: RunConfig, folder: Path, data_dir: Path) -> float:
+    """Train into `folder`, on one thread; returns the seconds it took."""
+    torch.set_num_threads(1)
+    keep_freed_memory()  # as in our scripts
     began = time.monotonic()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise UserError(f"the training with {options} from seed {seed} failed: {last}")
+    with pyro.validation_enabled(False), Interruption() as signals:
+        trainer, run = train_svi.begin(config, folder, device=CPU, data_dir=data_dir)
+        train(trainer, run, signals)
+        signals.check()
     return time.monotonic() - began
 
 
 def curve(folder: Path) -> dict[str, list[float]]:
-    """The training's negative ELBO in nats, means over the steps up to each log entry."""
-    entries = [e for e in read_entries(folder / "metrics.jsonl") if "train/negative_elbo" in e]
+    """The training's negative ELBO in nats, means over the steps before each log entry."""
+    entries = metrics_log.read_entries(folder / "metrics.jsonl")
+    entries = [entry for entry in entries if "train/negative_elbo" in entry]
     return {
         "step": [entry["step"] for entry in entries],
         "negative_elbo": [entry["train/negative_elbo"] for entry in entries],
@@ -93,12 +103,12 @@ def curve(folder: Path) -> dict[str, list[float]]:
 
 
 def scored(run: Run, images: ImageSet, precision: str) -> Bounds:
-    """The ELBO of every image, one sample each, with the network in `precision`."""
+    """The ELBO of every image with one sample each, with the networks in `precision`."""
     execution = execution_named(f"{precision}+channels_last")
-    newest = Trained.load(run, None, CPU, average=False, execution=execution)
+    ladder = Ladder.load(run, device=CPU, average=False, execution=execution)
     sampler = ImportanceSampler(
-        newest.model,
-        newest.guide,
+        ladder.model,
+        ladder.guide,
         images,
         torch.arange(len(images)),
         [1],
@@ -110,13 +120,13 @@ def scored(run: Run, images: ImageSet, precision: str) -> Bounds:
 
 
 def mean_with_error(values: Tensor) -> dict[str, float]:
-    """Of one number for each image."""
+    """The mean over images, and its standard error."""
     error = values.std().item() / math.sqrt(len(values))
     return {"mean": values.mean().item(), "standard_error": error}
 
 
-def figures_of_test(run: Run, images: ImageSet) -> dict[str, Any]:
-    """Of the test images, by precision of the evaluation, and of bf16 less float32 by image."""
+def test_results(run: Run, images: ImageSet) -> dict[str, Any]:
+    """The ELBO of the test images by precision of the evaluation, and the difference per image."""
     by_precision = {precision: scored(run, images, precision) for precision in PRECISIONS}
     plain, reduced = by_precision["float32"], by_precision["bf16"]
     return {
@@ -135,41 +145,37 @@ def figures_of_test(run: Run, images: ImageSet) -> dict[str, Any]:
     }
 
 
-def figures(options: str, seed: int, steps: int, data_dir: Path) -> dict[str, Any]:
-    """One run, trained and scored."""
-    images = datasets.load(DATASET, "test", data_dir)
+def results(options: str, seed: int, steps: int, data_dir: Path) -> dict[str, Any]:
+    """Train and evaluate one run."""
+    config = config_of(options, seed, steps)
+    images = datasets.load(config.dataset, "test", data_dir)
     with TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
-        taken = trained(folder, options, seed, steps, data_dir)
-        return {
-            "steps": steps,
-            "training_seconds": taken,
-            "curve": curve(folder),
-            "test": figures_of_test(Run.open(folder), images),
-            "provenance": provenance(CPU),
-        }
+        (taken,) = in_fresh_processes(1, train_run, config, folder, data_dir)
+        with pyro.validation_enabled(False):
+            return {
+                "steps": steps,
+                "training_seconds": taken,
+                "curve": curve(folder),
+                "test": test_results(Run.open(folder), images),
+                "provenance": provenance(CPU),
+            }
 
 
 def known_runs() -> dict[str, dict[str, Any]]:
-    """The runs of learning.json, by options and seed, in the order of `OPTIONS` and `SEEDS`."""
-    if not RESULT.exists():
-        return {}
-    try:
-        runs: dict[str, dict[str, Any]] = json.loads(RESULT.read_text())["runs"]
-    except (ValueError, LookupError, TypeError):
-        raise UserError(f"{RESULT} holds no figures of this benchmark: move it away") from None
-    return runs
+    """The runs of learning.json, by options and seed."""
+    return read_entries(RESULT, "runs", {})
 
 
 def merged(runs: dict[str, dict[str, Any]], options: str, seed: int, found: Any) -> dict[str, Any]:
-    """`runs` with one more, or with one in another's place."""
+    """`runs` and one more, which replaces an earlier one of its options and seed."""
     of_options = runs.get(options, {}) | {str(seed): found}
     together = runs | {options: dict(sorted(of_options.items(), key=lambda item: int(item[0])))}
     return {name: together[name] for name in OPTIONS if name in together}
 
 
 def at_the_end(run: dict[str, Any]) -> float:
-    """The training's negative ELBO, mean over the last steps."""
+    """The training's negative ELBO, the mean over the last steps."""
     points = zip(run["curve"]["step"], run["curve"]["negative_elbo"], strict=True)
     return statistics.fmean(value for step, value in points if step > run["steps"] - LAST_STEPS)
 
@@ -181,32 +187,32 @@ def final_elbo(run: dict[str, Any]) -> float:
 
 
 def summary(runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each set of options means over its seeds, and differences to `PLAIN` from the same seeds.
+    """Means over the seeds of each set of options, and differences from `PLAIN` by seed.
 
     `spread` is the standard deviation over the seeds, None for a single one.
     """
     rows = []
     for options, by_seed in runs.items():
         row: dict[str, Any] = {"options": options, "seeds": list(by_seed)}
-        for name, figure in (("training", at_the_end), ("test", final_elbo)):
-            row[name] = mean_and_spread([figure(run) for run in by_seed.values()])
+        for name, metric in (("training", at_the_end), ("test", final_elbo)):
+            row[name] = mean_and_spread([metric(run) for run in by_seed.values()])
             common = [seed for seed in by_seed if seed in runs.get(PLAIN, {})]
             if options != PLAIN and common:
                 row[f"{name}_difference"] = mean_and_spread(
-                    [figure(by_seed[seed]) - figure(runs[PLAIN][seed]) for seed in common]
+                    [metric(by_seed[seed]) - metric(runs[PLAIN][seed]) for seed in common]
                 )
         rows.append(row)
     return rows
 
 
 def mean_and_spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and standard deviation, None for a single value."""
+    """Mean and standard deviation; the latter is None for a single value."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "spread": spread}
 
 
 def shown(value: dict[str, float | None] | None, sign: str = "") -> str:
-    """A mean and its spread, for reading."""
+    """A mean and its spread, formatted."""
     if value is None:
         return ""
     mean = f"{value['mean']:{sign}.2f}"
@@ -236,26 +242,25 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog=f"python -m {MODULE}", description="Compare fast paths' learning.")
+    parser = benchmark_parser("learning", "Compare what fast paths learn.")
     parser.add_argument(
-        "--only", nargs=2, metavar=("OPTIONS", "SEED"), help="one run (default: all of them)"
+        "--only", nargs=2, metavar=("OPTIONS", "SEED"), help="a single run (default: all)"
     )
-    parser.add_argument("--steps", type=int, default=2000, help="of each run (default: 2000)")
     parser.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="where the data sets are kept (default: LVAE_DATA in the environment, or data/)",
+        "--steps",
+        type=at_least(LAST_STEPS),
+        default=2000,
+        metavar="N",
+        help="steps of each run (default: 2000)",
     )
+    add_data_dir(parser)
     arguments = parser.parse_args(argv)
-    if arguments.steps < LAST_STEPS:
-        raise UserError(f"--steps is {arguments.steps}; it must be at least {LAST_STEPS}")
     arguments.runs = list(product(OPTIONS, SEEDS))
     if arguments.only:
         options, seed = arguments.only
         if options not in OPTIONS or not seed.isdecimal():
             raise UserError(
-                f"--only is {options} {seed}; it must be one of {', '.join(OPTIONS)}, and a seed"
+                f"--only is {options} {seed}; give one of {', '.join(OPTIONS)}, and a seed"
             )
         arguments.runs = [(options, int(seed))]
     return arguments
@@ -263,13 +268,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    keep_freed_memory()  # as the scripts do
-    known_runs()  # refused now, rather than after a training
+    keep_freed_memory()
+    known_runs()  # fails now rather than after a training
     for options, seed in arguments.runs:
-        with pyro.validation_enabled(False):
-            found = figures(options, seed, arguments.steps, arguments.data_dir)
-        runs = merged(known_runs(), options, seed, found)  # others may have been added meanwhile
-        write_json(RESULT, {"setting": " ".join(SETTING), "runs": runs})
+        found = results(options, seed, arguments.steps, arguments.data_dir)
+        runs = merged(known_runs(), options, seed, found)  # read again: another process may add
+        write_json(RESULT, {"setting": SETTING, "runs": runs})
         draw_learning(PICTURE, runs)
         print(f"{options}, seed {seed}: {found['training_seconds']:.0f} s", flush=True)
     print(table(known_runs()))

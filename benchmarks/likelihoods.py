@@ -1,40 +1,41 @@
-"""How fast the discretized logistics are, beside a straightforward way to write them.
+"""Time of the discretized logistics: ours, and a straightforward implementation.
 
-    python -m benchmarks.likelihoods [--device cpu] [--batch-size 16] [--repeats 30]
+    python -m benchmarks.likelihoods [--batch-size 16] [--repeats 30] [--device cpu]
 
-times `log_prob` of images (N, 3, 32, 32) from the likelihood head's channels, alone and with the
-gradient of the channels, prints the medians and writes results/benchmarks/likelihoods.json. Both
-ways take turns, so that whatever else the machine does slows both alike. The straightforward way
-is the formulas as they are commonly written down, differences of sigmoids with one tensor for each
-colour; that it gives the same values is checked first.
+Times `log_prob` of images (N, 3, 32, 32) given the channels of the likelihood head, alone and with
+the gradient of the channels. The straightforward implementation follows the formulas as they are
+usually written, with differences of sigmoids and one tensor per colour; a check that both give the
+same values comes first. They take turns, and results are medians. Prints a table and writes
+results/benchmarks/likelihoods.json.
 """
 
-import argparse
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ladder_vae.networks.discretized_logistic import DiscretizedLogistic, DiscretizedLogisticMixture
+from benchmarks.harness.arguments import add_device, add_repeats, benchmark_parser
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.timing import medians, seconds
+from evaluate import at_least
+from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
+from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 from ladder_vae.runs.provenance import provenance
 from runtime.device import choose_device
-from runtime.errors import UserError, run_command
+from runtime.errors import run_command
 from runtime.files import write_json
 
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "likelihoods.json"
+RESULT = RESULTS / "likelihoods.json"
 
 LogProb = Callable[[Tensor, Tensor], Tensor]
-Run = Callable[[LogProb, Tensor, Tensor], None]
 
 
 def logistic(channels: Tensor, x: Tensor) -> Tensor:
-    """(N,) from channels (N, 6, H, W) and images (N, 3, H, W)."""
+    """log p (N,) from channels (N, 6, H, W) and images (N, 3, H, W)."""
     loc, log_scale = channels.chunk(2, dim=1)
     log_scale = log_scale.clamp(min=-7)
     return DiscretizedLogistic(loc, log_scale, validate_args=False).to_event(3).log_prob(x)
@@ -52,7 +53,7 @@ def straightforward_logistic(channels: Tensor, x: Tensor) -> Tensor:
 
 
 def mixture(channels: Tensor, x: Tensor) -> Tensor:
-    """(N,) from channels (N, 100, H, W) and images (N, 3, H, W)."""
+    """log p (N,) from channels (N, 100, H, W) and images (N, 3, H, W)."""
     return DiscretizedLogisticMixture.from_channels(channels, validate_args=False).log_prob(x)
 
 
@@ -84,20 +85,11 @@ def straightforward_mixture(channels: Tensor, x: Tensor) -> Tensor:
     return torch.logsumexp(joint, dim=-1).sum((1, 2))
 
 
-# The two ways to write each, and the channels of its head.
+# Both implementations, and the number of channels of the head.
 PAIRS: dict[str, tuple[LogProb, LogProb, int]] = {
     "discretized logistic": (logistic, straightforward_logistic, 6),
     "mixture of discretized logistics": (mixture, straightforward_mixture, 100),
 }
-
-
-def seconds(run: Run, log_prob: LogProb, channels: Tensor, x: Tensor) -> float:
-    """Of one run, with all that it starts on the device finished."""
-    start = time.perf_counter()
-    run(log_prob, channels, x)
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - start
 
 
 def forward(log_prob: LogProb, channels: Tensor, x: Tensor) -> None:
@@ -110,41 +102,44 @@ def forward_and_backward(log_prob: LogProb, channels: Tensor, x: Tensor) -> None
 
 
 def compare(
-    ways: Sequence[LogProb], channels: Tensor, x: Tensor, repeats: int
+    ours: LogProb, straightforward: LogProb, channels: Tensor, x: Tensor, repeats: int
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of both ways, in turn, by pass."""
+    """Median milliseconds of both implementations, by pass."""
     result = {}
     for name, run in {"forward": forward, "forward + backward": forward_and_backward}.items():
-        times: list[list[float]] = [[], []]
-        for repeat in range(repeats + 2):
-            for taken, log_prob in zip(times, ways, strict=True):
-                elapsed = seconds(run, log_prob, channels, x)
-                if repeat >= 2:  # the first ones warm up
-                    taken.append(elapsed)
-        ours, straightforward = (1000 * statistics.median(taken) for taken in times)
-        result[name] = {"ours_ms": ours, "straightforward_ms": straightforward}
+        ways = {
+            "ours_ms": partial(seconds, partial(run, ours, channels, x), x.device),
+            "straightforward_ms": partial(
+                seconds, partial(run, straightforward, channels, x), x.device
+            ),
+        }
+        medians(ways, 2)  # warm-up
+        result[name] = {way: 1000 * taken for way, taken in medians(ways, repeats).items()}
     return result
 
 
 def check(ours: LogProb, straightforward: LogProb, channels: Tensor, x: Tensor) -> None:
-    """Both give the same; in double precision, for in single the differences of sigmoids do not."""
+    """Assert that both give the same values.
+
+    In double precision: in single precision the differences of sigmoids are inaccurate.
+    """
     torch.testing.assert_close(ours(channels, x), straightforward(channels, x), rtol=1e-6, atol=0)
 
 
-def benchmark(device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
-    """All figures and where they come from."""
+def results(device: torch.device, batch_size: int, repeats: int) -> dict[str, Any]:
+    """All results and their provenance."""
     torch.manual_seed(0)
     x = (torch.randint(256, (batch_size, 3, 32, 32)) / 255).to(device)
-    figures = {}
+    median_ms = {}
     for name, (ours, straightforward, n_channels) in PAIRS.items():
         channels = torch.randn(batch_size, n_channels, 32, 32).to(device).requires_grad_()
         check(ours, straightforward, channels.double(), x.double())
-        figures[name] = compare((ours, straightforward), channels, x, repeats)
+        median_ms[name] = compare(ours, straightforward, channels, x, repeats)
     return {
         "batch_size": batch_size,
         "image_shape": [3, 32, 32],
         "repeats": repeats,
-        "median_ms": figures,
+        "median_ms": median_ms,
         "provenance": provenance(device),
     }
 
@@ -153,23 +148,21 @@ def table(result: dict[str, Any]) -> str:
     title = f"log_prob, {result['batch_size']} images (3, 32, 32)"
     lines = [f"{title:35}{'pass':20}{'ours':>10}{'plain':>10}{'ratio':>8}"]
     for name, passes in result["median_ms"].items():
-        for kind, figures in passes.items():
-            ours, plain = figures["ours_ms"], figures["straightforward_ms"]
+        for kind, found in passes.items():
+            ours, plain = found["ours_ms"], found["straightforward_ms"]
             lines.append(f"{name:35}{kind:20}{ours:7.2f} ms{plain:7.2f} ms{plain / ours:8.2f}")
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.likelihoods", description="Time the discretized logistics."
+    parser = benchmark_parser("likelihoods", "Time the discretized logistics.")
+    parser.add_argument(
+        "--batch-size", type=at_least(1), default=16, metavar="N", help="images (default: 16)"
     )
-    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--repeats", type=int, default=30, help="runs of each (default: 30)")
+    add_repeats(parser, 30)
+    add_device(parser)
     arguments = parser.parse_args(argv)
-    if min(arguments.batch_size, arguments.repeats) < 1:
-        raise UserError("--batch-size and --repeats must be at least 1")
-    result = benchmark(choose_device(arguments.device), arguments.batch_size, arguments.repeats)
+    result = results(choose_device(arguments.device), arguments.batch_size, arguments.repeats)
     print(table(result))
     write_json(RESULT, result)
     return 0

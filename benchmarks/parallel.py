@@ -1,26 +1,21 @@
-"""What training by several processes gives on one machine, and what to expect of more.
+"""Training by two processes on one machine, and estimates for more.
 
     python -m benchmarks.parallel [--presets digits mnist-3] [--repeats 3] [--steps 3]
 
-Throughput: steps of training at the same global batch by one process with two threads and by two
-ranks with one thread each, joined by gloo; they take turns, each time in fresh processes, and
-figures are medians over all steps. Weights and images are random, which changes no time.
+Throughput: training steps at the same global batch by one process with two threads, and by two
+processes with one thread each, joined by gloo. They take turns, each time in fresh processes, and
+results are medians over all steps. Weights and images are random, which does not affect the times.
 
-Beyond: the bytes of gradients that ranks average at each step, and the multiply-adds of forward and
-backward pass by image, counted by PyTorch; and with batch normalisation, which each rank does by
-its own part of the batch, how far gradient and loss are from those of the whole batch, with the
-same noise. Prints tables and writes results/benchmarks/parallel.json.
+Estimates: the bytes of gradients that the processes average at each step, and the multiply-adds per
+image of the forward and backward pass, counted by PyTorch. With batch normalisation, each process
+normalises by its own part of the batch: how far gradient and loss then are from those of the whole
+batch, with the same noise. Prints tables and writes results/benchmarks/parallel.json.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,28 +25,31 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import datasets
+from benchmarks.harness.arguments import add_presets, add_repeats, benchmark_parser
+from benchmarks.harness.processes import in_fresh_processes
+from benchmarks.harness.records import RESULTS
 from elbo import FreeBitsELBO
+from evaluate import at_least
 from guide import build_ladder
 from ladder_vae.networks.initialization import data_dependent_init
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
-from ladder_vae.training.data_parallel import Clock, Replicas
+from ladder_vae.training.data_parallel import Replicas
+from ladder_vae.training.signals import Clock
 from ladder_vae.training.svi import SVI
 from runtime.device import keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
-from runtime.errors import UserError, run_command
+from runtime.errors import run_command
 from runtime.files import write_json
 
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "parallel.json"
-ROOT = Path(__file__).parent.parent
-MODULE = "benchmarks.parallel"
+RESULT = RESULTS / "parallel.json"
 CPU = torch.device("cpu")
-THREADS = 2  # in all
-PARTS = (2, 4, 8)  # of a batch, for batch normalisation
-# What the tables of README.md take for granted, and do not measure: bytes a second that a rank
-# sends and receives at once in an all-reduce, and multiply-adds a second of a GPU on these
-# networks, whose convolutions are narrow.
+THREADS = 2  # of all processes together
+PARTS = (2, 4, 8)  # into which a batch is divided for batch normalisation
+# Assumptions of the tables, not measured: bytes per second that a process sends and receives
+# simultaneously in an all-reduce, and a GPU's multiply-adds per second on these networks, whose
+# convolutions have few channels.
 ASSUMED_RATES = {"NVLink": 300e9, "100 Gbit/s": 12.5e9, "10 Gbit/s": 1.25e9}
 ASSUMED_MULTIPLY_ADDS = 20e12
 
@@ -69,8 +67,8 @@ def random_images(config: RunConfig, count: int) -> Tensor:
     return x.round() if datasets.is_binary(config.dataset) else x
 
 
-def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
-    """Of each of `steps` steps, after a first one, as this rank takes them."""
+def _step_seconds(ranks: Ranks, preset: str, steps: int) -> list[float]:
+    """Seconds of each of `steps` steps after a first one."""
     config = RunConfig.of(**PRESETS[preset])
     x = random_images(config, config.batch_size).chunk(ranks.size)[ranks.rank]
     loss_fn = ladder(config, x.shape[1:])
@@ -78,8 +76,9 @@ def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
     svi = SVI(loss_fn, torch.optim.Adamax(parameters, lr=1e-4), spike=100.0)
     clock = Clock(ranks)
     if ranks.size > 1:
-        svi.replicas = Replicas(loss_fn, ranks, CPU)
-        svi.replicas.warm_up(x)
+        replicas = Replicas(loss_fn, ranks, CPU)
+        replicas.warm_up(x)
+        svi.forward, svi.reduce = replicas.module, replicas.average
     taken = []
     for _ in range(1 + steps):
         start = time.perf_counter()
@@ -90,38 +89,35 @@ def seconds(preset: str, steps: int, ranks: Ranks) -> list[float]:
     return taken[1:]
 
 
-def in_own_processes(preset: str, steps: int, processes: int) -> list[float]:
-    """`seconds`, by so many fresh processes with two threads in all."""
-    own = ["-m", MODULE, "--one", preset, str(steps), str(THREADS // processes)]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), *own]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        sys.stderr.write(result.stderr)
-        raise UserError(f"{' '.join(command)} failed")
-    return json.loads(result.stdout)
+def step_seconds(preset: str, steps: int, threads: int) -> list[float]:
+    """Seconds of each step, as one of the processes that share each batch."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # as in our scripts
+    with joined_ranks() as ranks, pyro.validation_enabled(False):
+        return _step_seconds(ranks, preset, steps)
 
 
 def throughput(preset: str, steps: int, repeats: int) -> dict[str, Any]:
-    """Images a second of one process and of two ranks, which take turns."""
+    """Images per second of one process and of two, which take turns."""
     taken: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(repeats):
-        for processes in taken:
-            taken[processes] += in_own_processes(preset, steps, processes)
-            last = " ".join(f"{t:.3f}" for t in taken[processes][-steps:])
-            print(f"{preset}, {processes} processes: {last} s a step", flush=True)
+        for count in taken:
+            found = in_fresh_processes(count, step_seconds, preset, steps, THREADS // count)
+            taken[count] += found[0]
+            shown = " ".join(f"{t:.3f}" for t in found[0])
+            print(f"{preset}, {count} processes: {shown} s per step", flush=True)
     batch = RunConfig.of(**PRESETS[preset]).batch_size
     rates = {str(n): batch / statistics.median(times) for n, times in taken.items()}
     return {"batch_size": batch, "images_per_second": rates}
 
 
 def counted(preset: str) -> dict[str, int]:
-    """Bytes of gradients at each step; multiply-adds of forward and backward pass of an image."""
+    """Bytes of gradients per step, and multiply-adds per image of the forward and backward pass."""
     config = RunConfig.of(**PRESETS[preset])
     shape = datasets.image_shape(config.dataset)
     with torch.device("meta"):
         loss_fn = ladder(config, shape)
-        x = torch.zeros(2, *shape)  # one cannot be normalised where the top feature map is 1x1
+        x = torch.zeros(2, *shape)  # batch normalisation needs two if the top feature map is 1x1
         with FlopCounterMode(display=False) as forward:
             loss = loss_fn(x)
         with FlopCounterMode(display=False) as backward:
@@ -129,17 +125,17 @@ def counted(preset: str) -> dict[str, int]:
     trained = [p for p in loss_fn.parameters() if p.requires_grad]
     return {
         "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
-        # Two operations each.
+        # A multiply-add counts as two operations.
         "forward_multiply_adds": forward.get_total_flops() // 2 // len(x),
         "backward_multiply_adds": backward.get_total_flops() // 2 // len(x),
     }
 
 
 def batch_norm_difference(preset: str) -> dict[str, dict[str, float]]:
-    """How far ranks that normalise by their own parts are from one process, by number of ranks.
+    """The effect of normalising by parts of the batch instead of the whole, by number of parts.
 
-    The norm of the difference of gradients beside that of the whole batch's, and the difference of
-    losses in nats, from the initial weights, without dropout, with the same noise.
+    The norm of the gradients' difference relative to the whole batch's gradient, and the losses'
+    difference in nats; at the initial weights, without dropout, with the same noise.
     """
     config = RunConfig.of(**(PRESETS[preset] | {"dropout": 0.0}))
     x = random_images(config, config.batch_size)
@@ -156,7 +152,7 @@ def batch_norm_difference(preset: str) -> dict[str, dict[str, float]]:
 
 
 def gradient(loss_fn: Any, x: Tensor, parts: int) -> tuple[Tensor, float]:
-    """Gradient and loss by image of a batch that is normalised by parts."""
+    """Gradient and loss per image of a batch that is normalised by parts."""
     loss_fn.zero_grad()
     total = 0.0
     for number, part in enumerate(x.chunk(parts)):
@@ -170,7 +166,7 @@ def gradient(loss_fn: Any, x: Tensor, parts: int) -> tuple[Tensor, float]:
 
 @contextmanager
 def part_of_the_noise(size: int, number: int, parts: int) -> Iterator[None]:
-    """Has latents take one of equal parts of the noise of a batch of `size`."""
+    """Draw latents with one of equal parts of the noise of a batch of `size`."""
     generator = torch.Generator().manual_seed(2)
 
     def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -182,11 +178,11 @@ def part_of_the_noise(size: int, number: int, parts: int) -> Iterator[None]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{'preset':18}{'batch':>6}{'1 process':>14}{'2 ranks':>12}{'ratio':>7}"]
+    lines = [f"{'preset':18}{'batch':>6}{'1 process':>14}{'2 processes':>13}{'ratio':>7}"]
     for preset, found in result["throughput"].items():
         one, two = (found["images_per_second"][n] for n in "12")
         lines.append(
-            f"{preset:18}{found['batch_size']:>6}{one:>10.1f}/s{two:>10.1f}/s{two / one:>7.2f}"
+            f"{preset:18}{found['batch_size']:>6}{one:>10.1f}/s{two:>11.1f}/s{two / one:>7.2f}"
         )
     lines += ["", f"{'preset':18}{'gradients':>12}{'forward':>12}{'backward':>12}"]
     for preset, found in result["counted"].items():
@@ -204,46 +200,19 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", description="Measure training by several processes."
-    )
-    parser.add_argument("--presets", nargs="+", default=["digits", "mnist-3"], metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each (default: 3)")
-    parser.add_argument("--steps", type=int, default=3, help="of each turn (default: 3)")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("parallel", "Measure training by two processes.")
+    add_presets(parser, ["digits", "mnist-3"])
+    add_repeats(parser, 3)
     parser.add_argument(
-        "--one", nargs=3, metavar=("PRESET", "STEPS", "THREADS"), help=argparse.SUPPRESS
+        "--steps", type=at_least(1), default=3, metavar="N", help="steps per turn (default: 3)"
     )
     arguments = parser.parse_args(argv)
-    for name in arguments.presets:
-        if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
-    if min(arguments.steps, arguments.repeats) < 1:
-        raise UserError("--steps and --repeats must be at least 1")
-    return arguments
-
-
-def one(preset: str, steps: int, threads: int) -> None:
-    """Print the times of one turn, as one of the ranks."""
-    torch.set_num_threads(threads)
-    with joined_ranks() as ranks:
-        taken = seconds(preset, steps, ranks)
-        if ranks.is_first:
-            print(json.dumps(taken))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    keep_freed_memory()  # as the scripts do
+    measured = {
+        name: throughput(name, arguments.steps, arguments.repeats) for name in arguments.presets
+    }
+    torch.set_num_threads(THREADS)
     with pyro.validation_enabled(False):
-        if arguments.one:
-            preset, steps, threads = arguments.one
-            one(preset, int(steps), int(threads))
-            return 0
-        measured = {
-            name: throughput(name, arguments.steps, arguments.repeats) for name in arguments.presets
-        }
-        torch.set_num_threads(THREADS)
         result: dict[str, Any] = {
             "repeats": arguments.repeats,
             "steps": arguments.steps,

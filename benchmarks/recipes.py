@@ -1,85 +1,89 @@
-"""Which way of training gets furthest within a short budget, in a small setting.
+"""Recipes for short training budgets, compared on a small ladder.
 
     python -m benchmarks.recipes run reference cosine-3e-3 [--seed 1] [--data-dir data]
     python -m benchmarks.recipes table
 
-Each trains the small ladder of README's "The same network learns the same" on the training images
-of static MNIST alone, for as many images as 2,000 steps of 64 are, and is judged on the validation
-images: the test set is not looked at. `run` writes one file for each recipe and seed to
-results/recipes/, `table` makes results/recipes.md of them.
+Each recipe trains a small ladder on the training images of static MNIST, on as many images as 2,000
+steps of 64 see, and is evaluated on the validation images; the test images are not used. `run`
+writes a file per recipe and seed to results/recipes/, and `table` makes results/recipes.md of them.
 """
 
 import argparse
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from ladder_vae.training.trainer import train
+from torch import Tensor, nn
 
 import evaluate
 import guide
 import model
 import train_svi
+from benchmarks.harness.arguments import add_data_dir, benchmark_parser, config_of_text
+from benchmarks.harness.records import ROOT
+from ladder import Ladder
 from ladder_vae.networks.blocks import ResidualBlock
-from ladder_vae.runs.command_line import OneLineParser
 from ladder_vae.runs.metrics_log import finite_entries, newest
+from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
-from runtime.errors import UserError, run_command
+from ladder_vae.runs.run import Run
+from ladder_vae.training.signals import Interruption
+from runtime.errors import run_command
 from runtime.files import write_atomically, write_json
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = ROOT / "results"
+CPU = torch.device("cpu")
 IMAGES = 128_000
 # The setting, without what the recipes change.
 SETTING = (
     "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
     "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
-    "--freebits 0.5 --ll-interv 0 --device cpu"
-).split()
-# A deep ladder as the twelve-layer rows have it, of few channels, for as many images as it can have
-# in a few minutes: does it learn, or fly apart? Judged by its training alone.
+    "--freebits 0.5 --ll-interv 0"
+)
+# A ladder as deep as the twelve-layer rows, with few channels, on as many images as it can see in a
+# few minutes, to show whether training is stable. It is evaluated by its training ELBO alone.
 DEEP_IMAGES = 3_200
 DEEP = (
     "--zdims 8 8 8 8 8 8 8 8 8 8 8 8 --downsample 0 0 1 0 0 1 0 0 0 1 0 0 --blocks-per-layer 4 "
     "--freebits 1 --batch-size 16 --tr-log-interv 50"
 )
-# The bound with 100 samples is of a random 1,000 of the validation images, the same for all.
-BOUND = "--samples 1 100 --limit 1000".split()
+BOUND_IMAGES = 1_000  # random validation images for the bound with 100 samples, the same for all
 
 
 @contextmanager
 def unchanged() -> Iterator[None]:
-    """The network as it is."""
+    """No change."""
     yield
 
 
 def _soft_clamped(parameters: Tensor) -> dist.TorchDistribution:
-    """As `model.normal_from`, with mean and log-scale bent towards +-5."""
+    """`model.normal_from` with mean and log-scale softly clamped to +-5."""
     mean, log_variance = parameters.chunk(2, dim=1)
-    bent = (5 * torch.tanh(value / 5) for value in (mean, log_variance / 2))
-    mean, log_scale = bent
+    mean, log_scale = (5 * torch.tanh(value / 5) for value in (mean, log_variance / 2))
     return dist.Normal(mean, log_scale.exp()).to_event(3)
 
 
 def _softplus(parameters: Tensor) -> dist.TorchDistribution:
-    """As `model.normal_from`, with the softplus of half the log-variance as scale, 1 at 0."""
+    """`model.normal_from` with the softplus of half the log-variance as scale, 1 at 0."""
     mean, log_variance = parameters.chunk(2, dim=1)
     return dist.Normal(mean, F.softplus(log_variance / 2, beta=math.log(2))).to_event(3)
 
 
 @contextmanager
 def soft_clamp() -> Iterator[None]:
-    """Posteriors whose mean and log-scale are softly clamped to +-5."""
+    """Posteriors with mean and log-scale softly clamped to +-5."""
     with mock.patch.object(guide, "normal_from", _soft_clamped):
         yield
 
@@ -94,44 +98,34 @@ def softplus_scales() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def scaled_branches() -> Iterator[None]:
-    """The last convolution of each residual branch begins 1/sqrt(number of blocks) as large."""
-    initialise = train_svi.Training.initialise
-
-    def scaled(training: train_svi.Training) -> None:
-        initialise(training)
-        blocks = [m for m in training.loss_fn.modules() if isinstance(m, ResidualBlock)]
-        with torch.no_grad():
-            for block in blocks:
-                convolutions = [m for m in block.modules() if isinstance(m, torch.nn.Conv2d)]
-                for parameter in convolutions[-1].parameters():
-                    parameter.div_(math.sqrt(len(blocks)))
-
-    with mock.patch.object(train_svi.Training, "initialise", scaled):
-        yield
+def scale_branches(module: nn.Module) -> None:
+    """Divide the last convolution of each residual branch by sqrt(number of blocks)."""
+    blocks = [m for m in module.modules() if isinstance(m, ResidualBlock)]
+    with torch.no_grad():
+        for block in blocks:
+            convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
+            for parameter in convolutions[-1].parameters():
+                parameter.div_(math.sqrt(len(blocks)))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way of training: options of train_svi.py, and a change of the network if there is one."""
+    """A way of training: options of train_svi.py, and possibly a change of the network."""
 
     options: str
     says: str
-    change: Callable[[], Any] = unchanged
+    change: Callable[[], Any] = unchanged  # a context in which the network is built and trained
+    adjust: Callable[[nn.Module], object] = lambda _: None  # called on the initial weights
 
     @property
     def is_deep(self) -> bool:
         return self.options.startswith(DEEP)
 
-    @property
-    def batch_size(self) -> int:
-        words = self.options.split()
-        return int(words[words.index("--batch-size") + 1]) if "--batch-size" in words else 64
-
-    @property
-    def steps(self) -> int:
-        return (DEEP_IMAGES if self.is_deep else IMAGES) // self.batch_size
+    def config(self, seed: int) -> RunConfig:
+        """The configuration of a run; all recipes of a kind see the same number of images."""
+        config = config_of_text(f"{SETTING} {self.options}")
+        steps = (DEEP_IMAGES if self.is_deep else IMAGES) // config.batch_size
+        return replace(config, steps=steps, seed=seed, ts_log_interv=0, ckpt_interv=0)
 
 
 def deep(lr: str) -> str:
@@ -163,7 +157,9 @@ RECIPES: dict[str, Recipe] = {
     "soft-clamp": Recipe(cosine("1e-2"), "1e-2 ... posteriors softly clamped to +-5", soft_clamp),
     "softplus": Recipe(cosine("1e-2"), "1e-2 ... softplus scales", softplus_scales),
     "scaled-branches": Recipe(
-        cosine("1e-2"), "1e-2 ... branches begin 1/sqrt(blocks) as large", scaled_branches
+        cosine("1e-2"),
+        "1e-2 ... branches initially scaled by 1/sqrt(blocks)",
+        adjust=scale_branches,
     ),
     "deep-3e-4": Recipe(deep("3e-4"), "the original's 3e-4, warm-up of 50 steps"),
     "deep-3e-3": Recipe(deep("3e-3"), "3e-3, warm-up of 50 steps"),
@@ -172,76 +168,72 @@ RECIPES: dict[str, Recipe] = {
 
 
 def run(name: str, seed: int, data_dir: Path) -> Path:
-    """Train and score one recipe; returns the file of its figures."""
+    """Train and evaluate one recipe; returns the file of its results."""
     recipe = RECIPES[name]
+    config = recipe.config(seed)
     with tempfile.TemporaryDirectory() as temporary, recipe.change():
         folder = Path(temporary) / "run"
-        where = ["--data-dir", str(data_dir)]
-        length = f"--steps {recipe.steps} --seed {seed} --ts-log-interv 0 --ckpt-interv 0".split()
-        arguments = [*SETTING, *recipe.options.split(), *length, "--out", str(folder), *where]
         began = time.monotonic()
-        if train_svi.main(arguments):
-            raise UserError(f"{name} did not come to its end")
+        with Interruption() as signals:
+            trainer, _ = train_svi.begin(config, folder, device=CPU, data_dir=data_dir)
+            recipe.adjust(trainer.loss_fn)
+            train(trainer, Run.open(folder), signals)
+            signals.check()
         minutes = (time.monotonic() - began) / 60
         last = newest(finite_entries(folder / "metrics.jsonl"), "train/negative_elbo") or {}
-        figures = {} if recipe.is_deep else _scores(folder, recipe, where)
+        bounds = {} if recipe.is_deep else _bounds(folder, config, data_dir)
     path = RESULTS / "recipes" / f"{name}-seed-{seed}.json"
     content = {
         "recipe": name,
         "says": recipe.says,
-        "options": [*SETTING, *recipe.options.split()],
-        "steps": recipe.steps,
-        "batch_size": recipe.batch_size,
+        "options": f"{SETTING} {recipe.options}".split(),
+        "steps": config.steps,
+        "batch_size": config.batch_size,
         "seed": seed,
         "minutes": minutes,
-        **figures,
+        **bounds,
         "training_elbo": last.get("train/negative_elbo"),
         "skipped_updates": last.get("train/skipped_updates"),
         "gradient_norm": last.get("train/gradient_norm"),
-        "provenance": provenance(torch.device("cpu")),
+        "provenance": provenance(CPU),
     }
     write_json(path, content)
     return path
 
 
-def _scores(folder: Path, recipe: Recipe, where: Sequence[str]) -> dict[str, Any]:
-    """The figures of the validation images."""
-    average, bound = _elbo(folder, where), _scored(folder, [*BOUND, *where])
-    averages = "--ema" in recipe.options
+def _bounds(folder: Path, config: RunConfig, data_dir: Path) -> dict[str, Any]:
+    """The ELBO of all validation images, and the bound with 100 samples of some of them."""
+
+    def evaluated(*, average: bool = True, **options: Any) -> dict[str, Any]:
+        ladder = Ladder.load(folder, device=CPU, average=average)
+        images = ladder.images("valid", data_dir)
+        with tempfile.TemporaryDirectory() as out:
+            return evaluate.evaluate(ladder, images, Path(out), **options)
+
+    elbo = evaluated(samples=[1])
+    bound = evaluated(samples=[1, 100], limit=BOUND_IMAGES)
+    last = evaluated(samples=[1], average=False)["elbo"] if config.ema else None
     return {
-        "elbo": average["elbo"],
-        "elbo_standard_error": average["standard_error"]["elbo"],
-        "elbo_of_last_weights": (
-            _elbo(folder, [*where, "--no-average"])["elbo"] if averages else None
-        ),
+        "elbo": elbo["elbo"],
+        "elbo_standard_error": elbo["standard_error"]["elbo"],
+        "elbo_of_last_weights": last,
         "iw": bound["iw"],
         "iw_standard_error": bound["standard_error"],
         "iw_images": bound["n_images"],
-        "kl_per_layer": average["kl_per_layer"],
+        "kl_per_layer": elbo["kl_per_layer"],
     }
 
 
-def _elbo(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    """The ELBO of all validation images."""
-    return _scored(folder, ["--samples", "1", *options])
-
-
-def _scored(folder: Path, options: Sequence[str]) -> dict[str, Any]:
-    evaluate.main([str(folder), "--split", "valid", "--device", "cpu", *options])
-    (metrics,) = folder.glob("eval/*/metrics.json")
-    return json.loads(metrics.read_text())
-
-
 def table() -> str:
-    """All figures in results/recipes/, best bound first."""
+    """All results in results/recipes/ as markdown, best bound first."""
     found = [json.loads(path.read_text()) for path in (RESULTS / "recipes").glob("*.json")]
     small = sorted((f for f in found if "iw" in f), key=lambda f: f["iw"]["100"])
     deep = sorted((f for f in found if "iw" not in f), key=lambda f: f["recipe"])
-    places = sorted({_place(figures["provenance"]) for figures in found})
+    places = sorted({_place(result["provenance"]) for result in found})
     parts = [
         "# Recipes for a short budget",
         _INTRODUCTION,
-        _markdown(_HEADER, [_row(figures) for figures in small]),
+        _markdown(_HEADER, [_row(result) for result in small]),
         _legend(small),
         *([_OF_DEEP, _markdown(_HEADER_OF_DEEP, map(_deep_row, deep)), _legend(deep)] * bool(deep)),
         f"Obtained on {'; '.join(places)}.",
@@ -256,7 +248,7 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _legend(found: Sequence[Mapping[str, Any]]) -> str:
-    there = {figures["recipe"] for figures in found}
+    there = {result["recipe"] for result in found}
     return "\n".join(f"- `{name}`: {RECIPES[name].says}" for name in RECIPES if name in there)
 
 
@@ -271,61 +263,62 @@ _HEADER = [
 ]
 _HEADER_OF_DEEP = ["recipe", "steps x batch", "training ELBO", "gradient norm", "skipped"]
 _INTRODUCTION = f"""\
-Written by `python -m benchmarks.recipes table` from [recipes/](recipes). A small ladder, trained
-on the training images of static MNIST by each recipe, for as many images: {IMAGES:,}. Negative
-bounds in nats, on the validation images: the ELBO on all 10,000, of the moving average where there
-is one; the bound with 100 samples on a random 1,000, the same for all, so that differences between
-rows are more certain than the figures themselves (standard errors of 0.3 and 0.8). The test set was
-not looked at.
+Written by `python -m benchmarks.recipes table` from [recipes/](recipes). Each recipe trains a small
+ladder on the training images of static MNIST, on the same number of images: {IMAGES:,}. Negative
+bounds in nats on the validation images: the ELBO on all 10,000, with the moving average if there is
+one; the bound with 100 samples on the same random 1,000 for all recipes, which makes differences
+between rows more certain than the values themselves (standard errors of 0.3 and 0.8). The test
+images were not used.
 
-    {" ".join(SETTING[2:-2])}"""
+    {SETTING.removesuffix(" --ll-interv 0")}"""
 _OF_DEEP = f"""\
-A ladder as deep as the twelve-layer rows, of few channels, on {DEEP_IMAGES:,} images: whether a
-learning rate is too high for it. Training ELBO and gradient norm are means of the last 50 steps.
+A ladder as deep as the twelve-layer rows, with few channels, on {DEEP_IMAGES:,} images, to show
+whether a learning rate is too high for it. Training ELBO and gradient norm are means over the last
+50 steps.
 
     {DEEP}"""
 _CHOSEN = """\
 ## What was chosen
 
-- **Learning rate.** The presets `*-fast` take 5e-3 with a warm-up of 500 steps and cosine decay:
-  half of the best one here, because their ladders are four times as wide as these. A deep ladder
-  learns at 1e-2 too, for the 200 steps that it was watched.
-- **Moving average.** Once the learning rate has decayed to zero it is worth little: the last
-  weights are as good to 0.1 nats. It stays, at 0.999, as it costs next to nothing.
-- **Batch.** 256 is not chosen by these runs, in which it means a quarter of the steps and is far
-  behind: it is what keeps a GPU busy, which in twenty minutes makes tens of thousands of steps.
-- **Skipping and clipping.** No update was skipped by the default `--grad-spike 100`, so that
-  nothing had to be clipped.
-- **Dropout** stays that of the rows: two and a half epochs say nothing of the hundred and more that
-  a row sees.
+- **Learning rate.** The presets `*-fast` use 5e-3 with a warm-up of 500 steps and cosine decay:
+  half of the best one here, because their ladders are four times as wide. A deep ladder learns at
+  1e-2 too, for the 200 steps observed.
+- **Moving average.** Once the learning rate has decayed to zero it gains little: the last weights
+  are as good to within 0.1 nats. It stays, at 0.999, because it costs almost nothing.
+- **Batch.** These runs do not favour 256, which means a quarter of the steps and is far behind. It
+  was chosen because it keeps a GPU busy, which takes tens of thousands of steps in twenty minutes.
+- **Skipping and clipping.** The default `--grad-spike 100` skipped no update, so nothing had to be
+  clipped.
+- **Dropout** stays as in the rows: two and a half epochs say nothing about the hundred and more of
+  a row.
 
-What these runs cannot tell, a learning rate of a full-size ladder above all, is for short
-runs there: `reproduce.py ROW --minutes 3 --train-split train --split valid --limit 2000
---samples 1 100`."""
+These runs cannot show the best learning rate of a full-size ladder. Short runs on a GPU can:
+`python -m tools.reproduce ROW --minutes 3 --train-split train --split valid --limit 2000
+--samples 1 100 --out FOLDER`."""
 
 
-def _row(figures: Mapping[str, Any]) -> list[str]:
-    last = figures["elbo_of_last_weights"]
+def _row(result: Mapping[str, Any]) -> list[str]:
+    last = result["elbo_of_last_weights"]
     return [
-        *(f"`{figures['recipe']}`", str(figures["seed"]), _length(figures)),
-        f"{figures['elbo']:.2f}",
+        *(f"`{result['recipe']}`", str(result["seed"]), _length(result)),
+        f"{result['elbo']:.2f}",
         "" if last is None else f"{last:.2f}",
-        f"{figures['iw']['100']:.2f}",
-        f"{figures['skipped_updates']:.0f}",
+        f"{result['iw']['100']:.2f}",
+        f"{result['skipped_updates']:.0f}",
     ]
 
 
-def _deep_row(figures: Mapping[str, Any]) -> list[str]:
+def _deep_row(result: Mapping[str, Any]) -> list[str]:
     return [
-        *(f"`{figures['recipe']}`", _length(figures)),
-        f"{figures['training_elbo']:.1f}",
-        f"{figures['gradient_norm']:.0f}",
-        f"{figures['skipped_updates']:.0f}",
+        *(f"`{result['recipe']}`", _length(result)),
+        f"{result['training_elbo']:.1f}",
+        f"{result['gradient_norm']:.0f}",
+        f"{result['skipped_updates']:.0f}",
     ]
 
 
-def _length(figures: Mapping[str, Any]) -> str:
-    return f"{figures['steps']:,} x {figures['batch_size']}"
+def _length(result: Mapping[str, Any]) -> str:
+    return f"{result['steps']:,} x {result['batch_size']}"
 
 
 def _place(origin: Mapping[str, Any]) -> str:
@@ -333,17 +326,12 @@ def _place(origin: Mapping[str, Any]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog="benchmarks.recipes", description="Compare ways of training.")
+    parser = benchmark_parser("recipes", "Compare recipes for short training budgets.")
     actions = parser.add_subparsers(dest="action", required=True, metavar="run|table")
-    running = actions.add_parser("run", help="train and score recipes")
+    running = actions.add_parser("run", help="train and evaluate recipes")
     running.add_argument("names", nargs="+", choices=tuple(RECIPES), metavar="RECIPE")
     running.add_argument("--seed", type=int, default=42, help="of the training (default: 42)")
-    running.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="where the data sets are kept (default: LVAE_DATA in the environment, or data/)",
-    )
+    add_data_dir(running)
     actions.add_parser("table", help="write results/recipes.md")
     return parser.parse_args(argv)
 
@@ -351,8 +339,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.action == "run":
-        for name in arguments.names:
-            print(f"figures   {run(name, arguments.seed, arguments.data_dir)}", flush=True)
+        with pyro.validation_enabled(False):
+            for name in arguments.names:
+                print(f"results   {run(name, arguments.seed, arguments.data_dir)}", flush=True)
     else:
         path, text = RESULTS / "recipes.md", table()
         write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,40 +1,44 @@
-"""What a training step costs with depth, width, resolution and batch size.
+"""Cost of a training step against depth, width, resolution and batch size.
 
-    python -m benchmarks.training --scaling
+    python -m benchmarks.scaling [--repeats 5] [--device cpu]
 
-A small ladder is changed in one respect at a time: its layers (as many residual blocks and latents
-more, the halvings spread over them), the channels of its feature maps, the height and width of its
-images, the images of a batch. Its step and the step's convolutions alone take turns; both run
-eagerly, in float32 with channels last. Prints a table, and writes results/benchmarks/scaling.json
-and scaling.png.
+Varies a small ladder in one respect at a time: its number of layers (each with its residual blocks
+and latent, the halvings spread over them), the channels of its feature maps, the height and width
+of its images, the images of a batch. The step and its convolutions alone take turns, both eager, in
+float32 with channels last. Prints a table, writes results/benchmarks/scaling.json and draws
+scaling.png beside it.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
 
-from benchmarks.charts import draw_scaling
-from benchmarks.lines import Steps
-from benchmarks.roofline import counted, totals
-from benchmarks.turns import medians, runs_per_turn, seconds
+from benchmarks.harness.arguments import add_device, add_repeats, benchmark_parser
+from benchmarks.harness.charts import draw_scaling
+from benchmarks.harness.lines import Steps
+from benchmarks.harness.records import RESULTS
+from benchmarks.harness.roofline import counted, totals
+from benchmarks.harness.timing import medians, runs_per_turn, seconds
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
-from runtime.device import keep_freed_memory
+from runtime.device import choose_device, keep_freed_memory
+from runtime.errors import run_command
 from runtime.files import write_json
 
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "scaling.json"
+RESULT = RESULTS / "scaling.json"
 PICTURE = RESULT.with_suffix(".png")
 EXECUTION = Execution(precision="float32", channels_last=True, compile=False)
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a ladder and what it is trained on."""
+    """The size of a ladder and of its batches."""
 
     layers: int = 6
     filters: int = 32
@@ -43,7 +47,7 @@ class Size:
 
     @property
     def config(self) -> RunConfig:
-        """Two residual blocks to a layer, three halvings in all, the first at the bottom layer."""
+        """Two residual blocks per layer, three halvings in total, the first at the bottom layer."""
         halved = [round(i * self.layers / 3) for i in range(3)]
         return RunConfig.of(
             z_dims=[8] * self.layers,
@@ -57,7 +61,7 @@ class Size:
         )
 
 
-# What is varied, by its name in table and plot.
+# The sizes of each series, by its name in table and chart.
 SERIES: dict[str, list[Size]] = {
     "layers": [Size(layers=n) for n in (3, 6, 12, 24, 48)],
     "channels": [Size(filters=n) for n in (8, 16, 32, 64, 128)],
@@ -73,19 +77,22 @@ _FIELDS = {
 
 
 def point(size: Size, repeats: int, device: torch.device) -> dict[str, Any]:
-    """What a step of this size costs."""
+    """Time and operations of a step of this size."""
     shape = (1, size.side, size.side)
     steps = Steps(size.config, shape, size.batch, device, EXECUTION)
     with counted() as counts:
         steps.gradient()
-    ways = {"ours": steps.ours, "convolutions": steps.convolutions().run}
+    ways: dict[str, Callable[[], object]] = {
+        "ours": steps.ours,
+        "convolutions": steps.convolutions().run,
+    }
     for way in ways.values():
-        seconds(way, device)  # warms up
-    runs = {name: runs_per_turn(seconds(way, device)) for name, way in ways.items()}
-    taken = medians(
-        {name: lambda n=name: seconds(ways[n], device, runs[n]) for name in ways},  # type: ignore[misc]
-        repeats,
-    )
+        seconds(way, device)  # warm-up
+    turns = {
+        name: partial(seconds, way, device, runs_per_turn(seconds(way, device)))
+        for name, way in ways.items()
+    }
+    taken = medians(turns, repeats)
     return {
         **{f"{name}_ms": 1000 * value for name, value in taken.items()},
         "operations": totals(counts)["convolution_operations"],
@@ -93,10 +100,9 @@ def point(size: Size, repeats: int, device: torch.device) -> dict[str, Any]:
 
 
 def with_slopes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each point with the milliseconds that a GFLOP more costs, from the point before to it.
+    """The points, each with the milliseconds per additional GFLOP since the point before it.
 
-    Where cost is linear in the operations, beside whatever it is without any, this is the same
-    throughout.
+    This is constant if the cost is linear in the operations, apart from a fixed cost.
     """
     slopes: list[float | None] = [None]
     for before, after in pairwise(points):
@@ -116,29 +122,39 @@ def table(series: dict[str, list[dict[str, Any]]]) -> str:
                 f"{found['ours_ms'] / found['convolutions_ms']:>7.2f}"
                 f"{'' if slope is None else f'{slope:.3g}':>7}"
             )
-    return "\n".join([*lines, "more: ms for a GFLOP more, from the line above"])
+    return "\n".join([*lines, "more: ms per additional GFLOP since the line above"])
 
 
-def measure(repeats: int, device: torch.device) -> int:
-    """The command; returns its exit code."""
-    keep_freed_memory()  # as the scripts do
-    known: dict[Size, dict[str, Any]] = {}
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = benchmark_parser("scaling", "Time training steps of ladders of several sizes.")
+    add_repeats(parser, 5)
+    add_device(parser)
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    keep_freed_memory()
+    points: dict[Size, dict[str, Any]] = {}
     with pyro.validation_enabled(False):
         for size in dict.fromkeys(size for sizes in SERIES.values() for size in sizes):
-            known[size] = point(size, repeats, device)
+            points[size] = point(size, arguments.repeats, device)
     series = {
-        name: with_slopes([{"value": getattr(size, _FIELDS[name])} | known[size] for size in sizes])
+        name: with_slopes(
+            [{"value": getattr(size, _FIELDS[name])} | points[size] for size in sizes]
+        )
         for name, sizes in SERIES.items()
     }
+    print(table(series))
     base = Size()
     result = {
         "base": {name: getattr(base, field) for name, field in _FIELDS.items()},
         "options": {"precision": "float32", "channels_last": True, "compile": False},
-        "repeats": repeats,
+        "repeats": arguments.repeats,
         "series": series,
         "provenance": provenance(device),
     }
-    print(table(series))
     write_json(RESULT, result)
     draw_scaling(PICTURE, series)
     return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

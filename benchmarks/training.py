@@ -1,28 +1,25 @@
-"""How fast a training step is: beside plain PyTorch, and beside its convolutions alone.
+"""Time and memory of a training step: ours, plain PyTorch's, and its convolutions alone.
 
     python -m benchmarks.training [--presets digits mnist-3] [--batch-sizes 64] [--lines ...]
-    python -m benchmarks.training --scaling
 
-A line is a way to do the same step, KIND/OPTIONS:
+A line is a way to run the same step, KIND/OPTIONS:
 
-    ours/bf16+channels_last     svi.py's step; options are a precision (float32, tf32, bf16) and
-                                +channels_last and +compile where they are wanted; on a GPU
-                                +graph at the end has it recorded as a CUDA graph
-    plain/bf16+channels_last    a loop over the same networks without Pyro (benchmarks/plain.py)
-    plain                       that loop as plain PyTorch has it by default: eager, float32, and
-                                with the C library's allocator as it is, where ours keeps memory
-    convolutions/float32        the convolutions of the step alone, forward and backward: the floor
+    ours/bf16+channels_last     the step of svi.py; options are a precision (float32, tf32, bf16),
+                                then optionally +channels_last, +compile and, on a GPU, +graph for
+                                a step recorded as a CUDA graph
+    plain/bf16+channels_last    a loop over the same networks without Pyro (harness/plain.py)
+    plain                       that loop with all of PyTorch's defaults: eager, float32, and with
+                                the C library's default allocator settings
+    convolutions/float32        the step's convolutions alone, forward and backward: the lower limit
 
-Each line is a process of its own, since the allocator cannot be set back, and code that one has
-compiled would slow another. They take turns, step by step, so that whatever else the machine does
-slows all alike. Figures are medians over --repeats turns, once each has done three steps. Weights
-and images are random, which changes no time. Peak memory is on the CPU the highest resident set of
-the line's process, on a GPU what PyTorch allocated. Afterwards one step of each is profiled, by
-kind of operation; on a GPU its operations and bytes are counted for the roofline.
+Each line runs in its own process, and the lines take turns. Results are medians over --repeats
+turns after a warm-up. Weights and images are random, which does not affect the times. Peak memory
+is the largest resident set of the line's process on the CPU, and PyTorch's allocations on a GPU.
+Then one step of each line is profiled by kind of operation; on a GPU its operations and bytes are
+counted for the roofline.
 
-Prints a table, puts the figures in the place of earlier ones of the same preset, batch size and
-machine in results/benchmarks/training.json, and draws training_profile.png beside it. --scaling is
-cost against depth, width, resolution and batch size: see scaling.py.
+Prints a table, writes results/benchmarks/training.json, where results replace earlier ones of the
+same preset, batch size and machine, and draws training_profile.png beside it.
 """
 
 import argparse
@@ -30,18 +27,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.charts import draw_profiles
-from benchmarks.lines import TRAINING, Case, Line, TimedSteps
-from benchmarks.memory import GIB
-from benchmarks.processes import Process, median_seconds, processes
-from benchmarks.records import known, machine_of, merged
-from benchmarks.roofline import PEAKS, least_milliseconds, totals
-from ladder_vae.runs.command_line import OneLineParser
+from benchmarks.harness.arguments import (
+    add_device,
+    add_presets,
+    add_repeats,
+    benchmark_parser,
+)
+from benchmarks.harness.charts import draw_profiles
+from benchmarks.harness.lines import TRAINING, Case, Line, TimedSteps
+from benchmarks.harness.memory import GIB
+from benchmarks.harness.processes import Process, median_seconds, processes
+from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
+from benchmarks.harness.roofline import PEAKS, least_milliseconds, totals
+from evaluate import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
@@ -49,11 +51,9 @@ from runtime.device import choose_device
 from runtime.errors import UserError, run_command
 from runtime.files import write_json
 
-MODULE = "benchmarks.training"
-RESULT = Path(__file__).parent.parent / "results" / "benchmarks" / "training.json"
+RESULT = RESULTS / "training.json"
 PICTURE = RESULT.with_name("training_profile.png")
 KINDS = tuple(TRAINING)
-DEFAULT_PRESETS = ("digits", "mnist-3")
 DEFAULT_LINES = (
     "plain",
     "plain/float32+channels_last",
@@ -69,7 +69,7 @@ DEFAULT_LINES = (
 def measured(
     case: Case, lines: Sequence[Line], repeats: int, *, profiled: bool
 ) -> dict[str, dict[str, Any]]:
-    """The figures of each line, by name."""
+    """The results of each line, by name."""
     makers = {line.name: partial(TRAINING[line.kind], case, line) for line in lines}
     with processes(makers, torch.device(case.device)) as started:
         taken = median_seconds(started, repeats)
@@ -80,17 +80,17 @@ def measured(
                 "images_per_second": case.batch_size / taken[line.name],
                 "first_step_seconds": process.ask("first"),
             }
-            if line.kind != "convolutions":  # whose process has seen the whole step once
+            if line.kind != "convolutions":  # its process has run the whole step once
                 found[line.name]["peak_bytes"] = process.ask("peak")
-                if profiled and not line.is_graph:  # which shows no operation
+                if profiled and not line.is_graph:  # a graph shows no operations
                     found[line.name]["profile_ms"] = process.ask("by_kind")
     return found
 
 
 def roofline(case: Case, lines: Sequence[Line]) -> dict[str, Any]:
-    """By precision, what a step's operations and bytes are, and the least time for them on a GPU.
+    """By precision, a step's operations and bytes, and the least time that a GPU can take for them.
 
-    Empty on a processor, and of a GPU whose peaks are not known only the counts.
+    Empty on a CPU; without the least time for a GPU whose peak rates are not known.
     """
     if torch.device(case.device).type != "cuda":
         return {}
@@ -106,11 +106,10 @@ def roofline(case: Case, lines: Sequence[Line]) -> dict[str, Any]:
     return found
 
 
-def figures(
+def results(
     case: Case, lines: Sequence[Line], repeats: int, *, profiled: bool = True
 ) -> dict[str, Any]:
-    """All that is measured of a case."""
-    device = torch.device(case.device)
+    """All results of a case."""
     return {
         "preset": case.preset,
         "batch_size": case.batch_size,
@@ -120,21 +119,21 @@ def figures(
         "images": "random",
         "lines": measured(case, lines, repeats, profiled=profiled),
         "roofline": roofline(case, lines),
-        "provenance": provenance(device),
+        "provenance": provenance(torch.device(case.device)),
     }
 
 
 def ratio(found: dict[str, Any], name: str, other: str) -> float | None:
-    """How many times as long a step of the one line takes as of the other; None without that."""
+    """The time of line `name` divided by that of `other`; None if `other` was not measured."""
     lines = found["lines"]
     return lines[name]["ms_per_step"] / lines[other]["ms_per_step"] if other in lines else None
 
 
 def table(found: dict[str, Any]) -> str:
-    """One case's figures."""
+    """The results of one case, formatted."""
     lines = [
         f"{found['preset']}, batch {found['batch_size']}, {machine_of(found)}",
-        f"{'line':38}{'images/s':>10}{'ms a step':>11}{'gain':>7}{'/floor':>8}"
+        f"{'line':38}{'images/s':>10}{'ms/step':>11}{'gain':>7}{'/floor':>8}"
         f"{'peak':>10}{'first':>8}",
     ]
     for name, line in found["lines"].items():
@@ -158,10 +157,14 @@ def table(found: dict[str, Any]) -> str:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(prog=f"python -m {MODULE}", description="Time a training step.")
-    parser.add_argument("--presets", nargs="+", default=DEFAULT_PRESETS, metavar="NAME")
+    parser = benchmark_parser("training", "Time a training step.")
+    add_presets(parser, ["digits", "mnist-3"])
     parser.add_argument(
-        "--batch-sizes", type=int, nargs="+", metavar="N", help="images (default: the preset's)"
+        "--batch-sizes",
+        type=at_least(1),
+        nargs="+",
+        metavar="N",
+        help="images per step (default: the preset's)",
     )
     parser.add_argument(
         "--lines",
@@ -170,43 +173,29 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LINE",
         help=f"what to compare (default: {' '.join(DEFAULT_LINES)})",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each (default: 5)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
+    add_repeats(parser, 5)
+    add_device(parser)
     parser.add_argument(
         "--profile",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="see where a step's time goes (default: yes)",
-    )
-    parser.add_argument(
-        "--scaling",
-        action="store_true",
-        help="cost against depth, width, resolution and batch size instead, of small ladders",
+        help="profile a step by kind of operation (default: yes)",
     )
     arguments = parser.parse_args(argv)
-    for name in arguments.presets:
-        if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
-    if min(arguments.repeats, *(arguments.batch_sizes or [1])) < 1:
-        raise UserError("--batch-sizes and --repeats must be at least 1")
     arguments.lines = [Line.named(name, KINDS) for name in arguments.lines]
     graphs = [line.name for line in arguments.lines if line.is_graph]
     if graphs and arguments.device == "cpu":
-        raise UserError(f"{graphs[0]}: steps are recorded as graphs only on a GPU")
+        raise UserError(f"{graphs[0]}: CUDA graphs need a GPU; give --device cuda")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = choose_device(arguments.device)
-    if arguments.scaling:
-        from benchmarks import scaling
-
-        return scaling.measure(arguments.repeats, device)
-    known(RESULT)  # refused now, rather than when all is measured
+    known_cases(RESULT)  # fails now rather than after the measurement
     for preset, size in product(arguments.presets, arguments.batch_sizes or [None]):
         case = Case(preset, size or RunConfig.of(**PRESETS[preset]).batch_size, str(device))
-        found = figures(case, arguments.lines, arguments.repeats, profiled=arguments.profile)
+        found = results(case, arguments.lines, arguments.repeats, profiled=arguments.profile)
         print(table(found), flush=True)
         cases = merged(RESULT, found)
         write_json(RESULT, {"cases": cases})

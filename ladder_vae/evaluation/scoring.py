@@ -1,8 +1,8 @@
-"""Score a whole image set: broken off and continued, by one process or by several.
+"""Score a whole image set, by one process or several, and resume after an interruption.
 
-What has been found is on disk at once, group by group. Since a group's figures depend on nothing
-but the group (see `importance.py`), neither an interruption nor the number of processes changes a
-digit.
+Each group of images is saved to a progress file as soon as it is finished. A group's results
+depend on nothing but the group (see `importance.py`), so neither an interruption nor the number of
+processes changes a digit.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ from runtime.distributed import Ranks
 from runtime.errors import UserError
 from runtime.files import to_json, writing
 
-# Each record: the group's number and a checksum; then the group's table, float64.
+# A record is the group's number and a checksum, followed by the group's table in float64.
 _HEADER = struct.Struct("<qI")
 
 
 def _checksum(number: int, content: bytes) -> int:
-    """The CRC-32 of a table, which starts from the group's number: that counts too."""
+    """The CRC-32 of a table, starting from the group's number to cover that as well."""
     return zlib.crc32(content, number)
 
 
 def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[str, Any]) -> str:
-    """What stands for everything that the figures depend on: weights, images, blocks and seed.
+    """A hash of everything that the results depend on: weights, images, blocks and seed.
 
-    `others` are further values that they depend on, such as the versions of the code.
+    `others` holds further values that they depend on, such as the versions of the code.
     """
     digest = hashlib.blake2b(digest_size=12)
     for name, tensor in sorted(module.state_dict().items()):
@@ -58,11 +58,11 @@ def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[s
     return digest.hexdigest()
 
 
-class Ledger:
-    """The groups that are finished so far, in a folder of its own until all of them are.
+class ProgressFile:
+    """The finished groups of a scoring, on disk until the scoring is complete.
 
-    Each process appends to a file of its own. A record that was cut short, or damaged, ends its
-    file: the group is computed again.
+    Each process appends to its own file, named after `key`. A cut or damaged record ends its file,
+    and the groups after it are computed again.
     """
 
     def __init__(self, folder: Path, key: str, sampler: ImportanceSampler) -> None:
@@ -71,7 +71,7 @@ class Ledger:
         self._sampler = sampler
 
     def read(self) -> dict[int, Tensor]:
-        """The tables of the finished groups, by their number."""
+        """The tables of the finished groups, by the group's number."""
         tables: dict[int, Tensor] = {}
         for path in sorted(self.folder.glob(f"{self.key}.*")):
             with suppress(OSError):  # what cannot be read is computed again
@@ -80,11 +80,11 @@ class Ledger:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, Tensor], None]]:
-        """A new file for this process; what is given is called with each finished group."""
+        """Open a new file for this process; yields the function that saves a finished group."""
         path = self.folder / f"{self.key}.{uuid.uuid4().hex[:8]}"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Without a buffer, which would be written again, and fail again, when it is closed.
+            # Unbuffered: after a failed write, closing a buffered file would fail as well.
             file = path.open("xb", buffering=0)
 
         def add(number: int, table: Tensor) -> None:
@@ -96,15 +96,15 @@ class Ledger:
             yield add
 
     def remove(self) -> None:
-        """Remove the files, once their figures are elsewhere."""
+        """Remove the files, once their results are saved elsewhere."""
         for path in self.folder.glob(f"{self.key}.*"):
-            with suppress(OSError):  # another user's may stay
+            with suppress(OSError):  # such as another user's file
                 path.unlink(missing_ok=True)
-        with suppress(OSError):  # other scorings may have theirs there
+        with suppress(OSError):  # not empty: another scoring has files there
             self.folder.rmdir()
 
     def _records(self, content: bytes) -> dict[int, Tensor]:
-        """The whole records that a file begins with."""
+        """The complete records at the start of a file."""
         tables = {}
         start = 0
         while start + _HEADER.size <= len(content):
@@ -123,24 +123,22 @@ class Ledger:
 
 def score(
     sampler: ImportanceSampler,
-    ledger: Ledger,
+    progress: ProgressFile,
     ranks: Ranks,
-    unit: str = "image",
     check: Callable[[], object] = lambda: None,
 ) -> Bounds:
-    """All bounds of `sampler`, on every rank: those in the ledger, and the others computed.
+    """All bounds of `sampler`, in every process: read from `progress`, or computed.
 
-    Shows a progress bar with the running bound. `check` is called before each group, and may raise
-    to break off: what has been found is kept. Raises `UserError` where the ledger cannot be
-    written.
+    Shows a progress bar with the mean bound so far. `check` is called before each group and may
+    raise to interrupt the scoring. Raises `UserError` if the progress file cannot be written.
     """
-    tables = ranks.share(ledger.read() if ranks.is_first else {})
+    tables = ranks.share(progress.read() if ranks.is_first else {})
     missing = [number for number in range(len(sampler)) if number not in tables]
     shown = sys.stderr.isatty() and ranks.is_first
     found: dict[int, Tensor] = {}
     with (
-        ledger.opened() as keep,
-        tqdm(total=0, unit=unit, dynamic_ncols=True, disable=not shown) as bar,
+        progress.opened() as save,
+        tqdm(total=0, unit="image", dynamic_ncols=True, disable=not shown) as bar,
     ):
         mine = missing[ranks.rank :: ranks.size]
         running = _RunningBound(sampler, tables)
@@ -149,7 +147,7 @@ def score(
         for number in mine:
             check()
             found[number] = _group_table(sampler, number)
-            keep(number, found[number])
+            save(number, found[number])
             running.add(found[number])
             bar.set_postfix_str(str(running), refresh=False)
             bar.update(len(found[number]))
@@ -170,7 +168,7 @@ def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
 
 
 class _RunningBound:
-    """The negative bound of the images so far, at the most samples, for the progress bar."""
+    """The mean negative bound at the largest K, of the images so far, for the progress bar."""
 
     def __init__(self, sampler: ImportanceSampler, tables: Mapping[int, Tensor]) -> None:
         self.samples = sampler.samples

@@ -1,4 +1,4 @@
-"""The lines that the benchmarks compare: ways to do the same step, or the floor under it."""
+"""Lines of a benchmark's table: ways to run the same training step, and its lower limit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 import datasets
-from benchmarks import plain
-from benchmarks.convolutions import Convolutions, recorded
-from benchmarks.operations import times_by_kind
-from benchmarks.processes import Timed
-from benchmarks.roofline import Counts, counted
+from benchmarks.harness import plain
+from benchmarks.harness.convolutions import Convolutions, recorded
+from benchmarks.harness.operations import times_by_kind
+from benchmarks.harness.processes import Timed
+from benchmarks.harness.roofline import Counts, counted
 from elbo import FreeBitsELBO
 from guide import build_ladder
 from ladder_vae.networks.precision import PRECISIONS, Execution
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
+from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.svi import SVI
 from runtime.errors import UserError
 
@@ -26,12 +27,12 @@ _GRAPH = "+graph"
 
 
 def execution_named(name: str) -> Execution:
-    """From a name such as `float32`, `float32+channels_last+compile` or `bf16+channels_last`."""
+    """The execution with a name such as `float32`, `bf16+channels_last` or `float32+compile`."""
     precision, *options = name.split("+")
     if precision not in PRECISIONS or not set(options) <= {"channels_last", "compile"}:
         raise UserError(
-            f"{name!r} is no way to run: a precision ({', '.join(PRECISIONS)}), then "
-            "+channels_last and +compile where they are wanted"
+            f"there are no options {name!r}: give a precision ({', '.join(PRECISIONS)}), "
+            "optionally followed by +channels_last and +compile"
         )
     return Execution(
         precision=precision,
@@ -42,10 +43,10 @@ def execution_named(name: str) -> Execution:
 
 @dataclass(frozen=True)
 class Line:
-    """A kind of step and its options, as `execution_named` takes them, and +graph after them.
+    """A kind of step and its options: those of `execution_named`, then +graph for a CUDA graph.
 
-    The kind `plain` without options is what PyTorch does by default, with the C library's allocator
-    as it is. Raises `UserError` where there is no such line.
+    The kind `plain` without options is PyTorch with all its defaults, and with the C library's
+    default allocator settings. Raises `UserError` for an invalid combination.
     """
 
     kind: str
@@ -53,50 +54,64 @@ class Line:
 
     def __post_init__(self) -> None:
         if self.kind == "convolutions" and self.execution.compile:
-            raise UserError(f"{self.name}: convolutions alone leave nothing to compile")
+            raise UserError(f"{self.name}: convolutions alone cannot be compiled")
         if self.is_graph and self.kind != "ours":
-            raise UserError(f"{self.name}: only ours is recorded as a graph")
+            raise UserError(f"{self.name}: only the kind ours can be recorded as a CUDA graph")
 
     @classmethod
     def named(cls, name: str, kinds: tuple[str, ...]) -> Self:
-        """From `KIND/OPTIONS`."""
+        """The line called `KIND/OPTIONS`, or `plain`."""
         kind, slash, options = name.partition("/")
         if kind not in kinds or bool(options) == (name == "plain") or bool(slash) != bool(options):
             raise UserError(
-                f"there is no line {name!r}: it is plain, or one of "
+                f"there is no line {name!r}: give plain, or one of "
                 f"{', '.join(f'{kind}/OPTIONS' for kind in kinds)}"
             )
         return cls(kind, options)
 
     @property
     def name(self) -> str:
-        """What `named` takes."""
+        """The name that `named` takes."""
         return f"{self.kind}/{self.options}" if self.options else self.kind
 
     @property
     def execution(self) -> Execution:
-        """How it is run."""
+        """Precision, memory layout and compilation."""
         return execution_named(self.options.removesuffix(_GRAPH) or "float32")
 
     @property
     def is_graph(self) -> bool:
-        """Whether steps are recorded as a CUDA graph and replayed."""
+        """Whether steps are recorded once as a CUDA graph and replayed."""
         return self.options.endswith(_GRAPH)
 
     @property
     def keeps_memory(self) -> bool:
-        """Whether the C library is told to keep freed memory, as our scripts do."""
+        """Whether the C library keeps freed memory, as in our scripts."""
         return bool(self.options)
 
     @property
     def floor(self) -> str:
-        """The name of the line that has its convolutions alone."""
+        """The name of the line with the same step's convolutions alone."""
         eager = self.options.removesuffix(_GRAPH).removesuffix("+compile")
         return f"convolutions/{eager or 'float32'}"
 
 
+def svi_on(
+    device: torch.device,
+    loss_fn: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    execution: Execution = Execution(),  # noqa: B008 (immutable)
+    record: bool = False,
+) -> SVI:
+    """The SVI that training uses on this device."""
+    if device.type == "cuda":
+        return DeviceSVI(loss_fn, optimizer, execution=execution, record=record)
+    return SVI(loss_fn, optimizer, execution=execution)
+
+
 class Steps:
-    """A network and its training steps on random images (N, C, H, W) of `shape` (C, H, W)."""
+    """A ladder and its training steps on random images (N, C, H, W) of `shape` (C, H, W)."""
 
     def __init__(
         self,
@@ -121,15 +136,21 @@ class Steps:
 
     @cached_property
     def _svi(self) -> SVI:
-        # Not without need: on a GPU it changes how the optimizer counts.
-        return SVI(self.loss_fn, self._optimizer, execution=self.execution, recorded=self._recorded)
+        # Created only if used: on a GPU it changes how the optimizer counts its steps.
+        return svi_on(
+            self.device,
+            self.loss_fn,
+            self._optimizer,
+            execution=self.execution,
+            record=self._recorded,
+        )
 
     def ours(self) -> Tensor:
-        """`SVI.step`."""
+        """A step by `SVI.step`."""
         return self._svi.step(self._x)
 
     def plain(self) -> Tensor:
-        """The same without Pyro and svi.py."""
+        """The same step without Pyro and svi.py."""
         return plain.training_step(
             self.loss_fn.model,
             self.loss_fn.guide,
@@ -140,7 +161,7 @@ class Steps:
         )
 
     def gradient(self) -> None:
-        """A step without its update."""
+        """A step without the optimizer's update."""
         free_bits = self.loss_fn.elbo.free_bits
         with self.execution.autocast(self.device):
             loss = plain.free_bits_loss(self.loss_fn.model, self.loss_fn.guide, self._x, free_bits)
@@ -148,7 +169,7 @@ class Steps:
         self._optimizer.zero_grad(set_to_none=True)
 
     def convolutions(self) -> Convolutions:
-        """Those of a step, to be run alone."""
+        """The convolutions of a step, to run alone."""
         with recorded() as calls:
             self.gradient()
         return Convolutions(calls, self.device)
@@ -156,7 +177,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: a preset at a batch size, on a device."""
+    """A preset at a batch size on a device."""
 
     preset: str
     batch_size: int
@@ -164,7 +185,7 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """The preset's."""
+        """The preset's configuration."""
         return RunConfig.of(**PRESETS[self.preset])
 
     @property
@@ -174,7 +195,7 @@ class Case:
 
 
 class TimedSteps(Timed):
-    """Training steps of a line."""
+    """The training steps of a line."""
 
     def __init__(self, case: Case, line: Line) -> None:
         super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)
@@ -189,7 +210,7 @@ class TimedSteps(Timed):
         self.run = {"ours": self._steps.ours, "plain": self._steps.plain}[line.kind]
 
     def by_kind(self) -> dict[str, float]:
-        """Milliseconds of a step by kind of operation."""
+        """Milliseconds per step by kind of operation."""
         compiled = self._steps.execution.compile
         steps = min(3, self._runs)
         return times_by_kind(self.run, self._steps.loss_fn, compiled=compiled, steps=steps)
@@ -202,7 +223,7 @@ class TimedSteps(Timed):
 
 
 class TimedConvolutions(Timed):
-    """The convolutions of a step alone."""
+    """A step's convolutions alone."""
 
     def __init__(self, case: Case, line: Line) -> None:
         super().__init__(torch.device(case.device), keeps_memory=line.keeps_memory)

@@ -1,6 +1,6 @@
-"""Times of several ways to do the same, taken in turns.
+"""Times of several ways to compute the same thing, measured in turns.
 
-Whatever else the machine does, or its clock, then slows all of them alike.
+Whatever else the machine does then slows all of them alike.
 """
 
 import statistics
@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-# A turn is as many runs as take about so long: more of them where one is over in no time.
-TURN_SECONDS = 0.3
+TURN_SECONDS = 0.3  # a turn repeats a short run until about this much time has passed
 MOST_RUNS = 200
 
 
 def seconds(run: Callable[[], object], device: torch.device, runs: int = 1) -> float:
-    """Of one run, the mean over `runs`, with all that they start on the device finished."""
+    """Mean time of one call of `run`, including everything that it starts on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -26,13 +25,13 @@ def seconds(run: Callable[[], object], device: torch.device, runs: int = 1) -> f
     return (time.perf_counter() - start) / runs
 
 
-def runs_per_turn(taken: float) -> int:
-    """How many runs make a turn, where one takes `taken` seconds."""
-    return max(1, min(MOST_RUNS, round(TURN_SECONDS / max(taken, 1e-9))))
+def runs_per_turn(run_seconds: float) -> int:
+    """Number of runs in a turn if one run takes `run_seconds`."""
+    return max(1, min(MOST_RUNS, round(TURN_SECONDS / max(run_seconds, 1e-9))))
 
 
 def medians(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, float]:
-    """The median of what each way returns, seconds, over `repeats` turns."""
+    """By name, the median of the seconds that each way returns over `repeats` turns."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():

@@ -1,13 +1,13 @@
-"""Charts of what the benchmarks measure, in the manner of plots.py."""
+"""Charts of benchmark results."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.lines import Line
-from benchmarks.operations import KINDS
-from benchmarks.records import machine_of
+from benchmarks.harness.lines import Line
+from benchmarks.harness.operations import KINDS
+from benchmarks.harness.records import machine_of
 from ladder_vae.reports.charts import write_figure
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GRID, _INK = "#e2e2e2", "#333333"
-# Convolutions are blue; what they leave is not.
+# Convolutions are blue, everything else is not.
 _COLOURS = dict(
     zip(
         KINDS,
@@ -29,7 +29,7 @@ _COLOURS = dict(
 
 
 def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure", list["Axes"]]:
-    """Charts above and beside each other, 8 inches wide at 100 pixels per inch."""
+    """A grid of charts, 8 inches wide at 100 pixels per inch."""
     from matplotlib.figure import Figure  # takes a while to import
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -44,11 +44,11 @@ def _new_figure(height: float, rows: int = 1, columns: int = 1) -> tuple["Figure
 
 
 def draw_profiles(path: Path, cases: Sequence[Mapping[str, Any]]) -> None:
-    """Write where a step's time goes: a bar for each line, by kind of operation.
+    """Write a bar for each line: a step's time, divided by kind of operation.
 
-    `cases` are those of training.json; of those that were not profiled nothing is drawn, and
-    without any no file is written. A bar is as long as the line's step takes; its parts are the
-    shares of one profiled step. A mark shows its convolutions alone, where they were measured.
+    `cases` are those of training.json. Lines without a profile are skipped; without any profile, no
+    file is written. A bar's length is the time of the line's step; its parts are shares of a
+    profiled step. A mark shows the time of the step's convolutions alone, if it was measured.
     """
     shown = [case for case in cases if any("profile_ms" in line for line in case["lines"].values())]
     if not shown:
@@ -90,16 +90,16 @@ def _draw_case(axes: "Axes", case: dict[str, Any]) -> None:
     axes.set_yticks(range(len(lines)), list(lines), fontsize="small")
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("ms a step; the mark is its convolutions alone", fontsize="small")
+    axes.set_xlabel("ms per step; the mark is its convolutions alone", fontsize="small")
     title = f"{case['preset']}, batch {case['batch_size']}, {machine_of(case)}"
     axes.set_title(title, loc="left", fontsize=11)
 
 
 def draw_scaling(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write milliseconds a step against what was varied, a chart for each, both axes logarithmic.
+    """Write a chart for each series: milliseconds per step against the varied size, log-log.
 
-    `series` has points with `value`, `ours_ms` and `convolutions_ms`, by what they vary. The dotted
-    line is in proportion to the operations, through the largest point.
+    `series` maps the name of the varied size to points with `value`, `ours_ms`, `convolutions_ms`
+    and `operations`. The dotted line is proportional to the operations, through the largest point.
     """
     from matplotlib.ticker import LogLocator
 
@@ -114,7 +114,7 @@ def draw_scaling(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]) 
         axes.plot(values, [p["ours_ms"] for p in points], "o-", ms=4, color="#2f6db3", label="step")
         floor = [point["convolutions_ms"] for point in points]
         axes.plot(values, floor, "s-", ms=4, color="#d1701f", label="its convolutions alone")
-        axes.plot(values, expected, ":", color="#666666", label="in proportion to operations")
+        axes.plot(values, expected, ":", color="#666666", label="proportional to operations")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(values, [str(value) for value in values])
@@ -122,16 +122,16 @@ def draw_scaling(path: Path, series: Mapping[str, Sequence[Mapping[str, Any]]]) 
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.set_xlabel(name)
-        axes.set_ylabel("ms a step")
+        axes.set_ylabel("ms per step")
     charts[0].legend(frameon=False, fontsize="small")
     write_figure(path, figure)
 
 
 def draw_learning(path: Path, runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Write the training curves of all runs, and their ELBOs at the end.
+    """Write the training curves of all runs, and their final ELBOs.
 
-    `runs` are those of learning.json: by option set and seed. Curves are of the mean over the
-    steps between log entries; each seed is a thin line of its option set's colour.
+    `runs` are those of learning.json, by options and seed. Points of a curve are means over the
+    steps between log entries; each seed has its own line, in the colour of its options.
     """
     colours = dict(zip(runs, ("#666666", "#2f6db3", "#d1701f", "#3a8f5c", "#8a4fa3"), strict=False))
     figure, (curves, ends) = _new_figure(4.5, columns=2)
@@ -146,7 +146,7 @@ def draw_learning(path: Path, runs: Mapping[str, Mapping[str, Mapping[str, Any]]
             )
             elbo = run["test"]["by_precision"]["float32"]["negative_elbo"]["mean"]
             ends.plot([elbo], [row], "o", ms=6, color=colours[name])
-    # The beginning is far above.
+    # The first tenth of a run is far above the rest: it does not determine the axis.
     later = [
         value
         for seeds in runs.values()
@@ -161,5 +161,5 @@ def draw_learning(path: Path, runs: Mapping[str, Mapping[str, Mapping[str, Any]]
     curves.legend(frameon=False, fontsize="small")
     ends.set_yticks(range(len(runs)), list(runs), fontsize="small")
     ends.invert_yaxis()
-    ends.set_xlabel("negative ELBO of the test images, nats\n(a point for each seed)")
+    ends.set_xlabel("negative ELBO of the test images, nats\n(one point per seed)")
     write_figure(path, figure)

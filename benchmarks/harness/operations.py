@@ -1,8 +1,7 @@
-"""Where a step's time goes, by kind of operation, as torch.profiler sees it.
+"""How a step's time divides among kinds of operations, measured by torch.profiler.
 
-An operation is told by its name where that says what it is for, such as a convolution. A product
-may belong to a gate or to dropout: there the module decides that it ran in, and for its derivative
-the module that the operation itself ran in.
+Some operations, such as convolutions, are classified by name. A product may belong to a gate or to
+dropout: then the module decides in which it ran. A derivative is classified as its operation is.
 """
 
 import os
@@ -32,7 +31,7 @@ KINDS = (
     "Python and rest",
 )
 
-# How names of operations, and of their derivatives in the autograd engine, begin.
+# Prefixes of the names of operations, and of their derivatives in the autograd engine.
 _OPERATIONS = {
     "convolution backward": ("aten::convolution_backward", "ConvolutionBackward"),
     "convolution forward": ("aten::conv", "aten::_conv", "aten::mkldnn_conv", "aten::cudnn_conv"),
@@ -50,7 +49,7 @@ _OPERATIONS = {
     "compiled passes": ("## Call CompiledFxGraph", "CompiledFunctionBackward"),
     "optimizer": ("Optimizer.",),
 }
-# What the other operations in a module are for, by the class of the innermost of these modules.
+# The kind of all other operations in a module, by the class of the innermost of these modules.
 _MODULES = {
     "gates and sums": ("Gate", "ResidualBlock"),
     "dropout": ("Dropout2d",),
@@ -68,12 +67,12 @@ _ENGINE = "autograd::engine::evaluate_function: "
 _MODULE = "module: "
 _REST = "Python and rest"
 _SAMPLING = "sampling and log-probabilities"
-_STEP = "step"  # what is in no module of the list is sampling, and log-probabilities
+_STEP = "step"  # operations in no listed module are sampling and log-probabilities
 
 
 @contextmanager
 def _named_modules(module: nn.Module) -> Iterator[None]:
-    """Have the profiler see inside which module an operation runs."""
+    """Record for the profiler in which module an operation runs."""
     handles = []
     open_ranges: list[record_function] = []
 
@@ -105,7 +104,7 @@ def _named_kind(name: str) -> str | None:
 
 
 def _path(event: Any) -> list[Any]:
-    """From the outermost event around `event` to itself."""
+    """The events around `event`, outermost first, and itself."""
     path = [event]
     while path[-1].cpu_parent is not None:
         path.append(path[-1].cpu_parent)
@@ -123,17 +122,17 @@ def _forward_kind(path: list[Any]) -> str:
 
 
 def _kind(path: list[Any], of_forward: dict[int, str]) -> str:
-    """Of the last event of a path."""
+    """The kind of the last event of a path."""
     name = path[-1].name
     if name == _STEP or name.startswith((_MODULE, "Torch-Compiled Region")):
-        return _REST  # Python's own time
+        return _REST  # time spent in Python
     engine = next((i for i, event in enumerate(path) if event.name.startswith(_ENGINE)), None)
     if engine is None:
         return _forward_kind(path)
     node = path[engine].name.removeprefix(_ENGINE)
     inside = [event.name for event in path[engine + 1 :]]
     if inside and inside[0].startswith("aten::add"):
-        return "gates and sums"  # of gradients, where a feature map went two ways
+        return "gates and sums"  # gradients of a feature map that was used twice
     if node.startswith("torch::autograd::AccumulateGrad"):
         return _REST
     if node.startswith("CompiledFunctionBackward"):
@@ -145,14 +144,15 @@ def _kind(path: list[Any], of_forward: dict[int, str]) -> str:
 def times_by_kind(
     step: Callable[[], object], module: nn.Module, *, compiled: bool, steps: int = 3
 ) -> dict[str, float]:
-    """Milliseconds of a run of `step`, by kind, the mean over `steps`; on a GPU of its kernels.
+    """Milliseconds of one `step` by kind of operation, the mean over `steps`.
 
-    `module` is what the step runs through; where its blocks are compiled it is left alone.
+    On a GPU this is the time of its kernels. `module` is the network that the step runs; it
+    gets no hooks if its blocks are compiled.
     """
     device = next(module.parameters()).device
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with _unheard(), profile(activities=activities, acc_events=True) as profiler:
+    with _silenced(), profile(activities=activities, acc_events=True) as profiler:
         with nullcontext() if compiled else _named_modules(module):
             for _ in range(steps):
                 with record_function(_STEP):
@@ -164,8 +164,8 @@ def times_by_kind(
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """The profiler's library writes of its own doings to the standard error file."""
+def _silenced() -> Iterator[None]:
+    """Discard the messages that the profiler's library writes to standard error."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
@@ -180,7 +180,7 @@ def _sums(events: list[Any], *, on_gpu: bool) -> dict[str, float]:
     paths = [_path(event) for event in events]
     of_forward: dict[int, str] = {}
     for path in paths:
-        # Several operations bear a number; the one that is differentiated is the last of them.
+        # Several operations share a number; the last of them is the one that is differentiated.
         if path[-1].sequence_nr >= 0 and not any(e.name.startswith(_ENGINE) for e in path):
             of_forward[path[-1].sequence_nr] = _forward_kind(path)
     sums: dict[str, float] = defaultdict(float)

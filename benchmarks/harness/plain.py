@@ -1,8 +1,8 @@
-"""The ladder trained as one would without Pyro: a loop over its modules, and nothing else.
+"""A training step in plain PyTorch: a loop over the ladder's modules, without Pyro.
 
-The networks are those of model.py and guide.py; what is missing is all that Pyro and svi.py do
-around them: no handlers, no traces, no sites, no gradient norm, no guard, no log. From the same
-random state it draws the same noise as they do, and gives the same losses and gradients.
+The networks are those of model.py and guide.py. It leaves out everything that Pyro and svi.py add:
+effect handlers, traces, sites, gradient norm, update guard and logging. From the same random state
+it draws the same noise and gives the same losses and gradients.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +18,7 @@ from model import LadderModel
 def ladder_terms(model: LadderModel, guide: LadderGuide, x: Tensor) -> tuple[Tensor, Tensor]:
     """One pass on images x (N, C, H, W): log p(x | z) (N,), and KL by layer (N, L), bottom to top.
 
-    KL is the one-sample estimate, so that log p(x | z) less its sum is the log importance weight.
+    KL is the one-sample estimate: log p(x | z) minus its sum is the log importance weight.
     """
     features = guide.bottom_up(x)
     depth = len(features)
@@ -41,7 +41,7 @@ def ladder_terms(model: LadderModel, guide: LadderGuide, x: Tensor) -> tuple[Ten
 def free_bits_loss(
     model: LadderModel, guide: LadderGuide, x: Tensor, free_bits: float = 0.0
 ) -> Tensor:
-    """The negative objective in nats per image, free bits for each layer and image."""
+    """The negative objective in nats per image, with free bits per layer and image."""
     log_likelihood, kl = ladder_terms(model, guide, x)
     return (kl.clamp(min=free_bits).sum(-1) - log_likelihood).mean()
 

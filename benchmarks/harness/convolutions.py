@@ -1,9 +1,8 @@
-"""The convolutions of a step alone: the floor under its time.
+"""A step's convolutions alone: the lower limit of its time.
 
-Whatever runs inside `recorded` is watched as PyTorch runs it, forward and backward. Of each
-convolution shapes, strides (which are the memory layout), precision and wanted gradients are noted,
-so that `Convolutions` can run the same ones again, in their order, on random numbers: with no
-autograd, no activation and no sum in between. A step that does the same convolutions takes longer.
+`recorded` notes every convolution that PyTorch runs inside it, forward and backward: its shapes,
+strides (the memory layout), precision and which gradients it computes. `Convolutions` runs the same
+ones again in the same order on random numbers, without autograd, activations or sums between them.
 """
 
 from collections.abc import Iterator
@@ -21,29 +20,29 @@ _BACKWARD = torch.ops.aten.convolution_backward.default
 
 @dataclass(frozen=True)
 class Like:
-    """What a tensor of a recorded call was like."""
+    """The properties of a tensor in a recorded call."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
-    role: int  # its place among the arguments, so that input and weight are never the same tensor
+    role: int  # position among the arguments: input and weight never share a tensor
 
     def random(self, device: torch.device) -> Tensor:
-        """One with small random numbers in it."""
+        """A tensor of these properties, with small random values."""
         empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
         return empty.normal_(std=0.1)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A convolution, forward or backward, with `Like`s in the place of its tensors."""
+    """A convolution, forward or backward, with a `Like` for each of its tensors."""
 
     op: Any
     arguments: tuple[Any, ...]
 
     @property
     def is_backward(self) -> bool:
-        """Whether it gives the gradients of a convolution."""
+        """Whether it computes the gradients of a convolution."""
         return self.op is _BACKWARD
 
 
@@ -66,15 +65,15 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def recorded() -> Iterator[list[Call]]:
-    """The convolutions that run inside, in their order; compiled blocks cannot be seen into."""
+    """The convolutions that run inside, in order; those in compiled blocks are not seen."""
     with _Recorder() as recorder:
         yield recorder.calls
 
 
 class Convolutions:
-    """Recorded convolutions, to be run again on random numbers.
+    """Recorded convolutions, run again on random numbers.
 
-    Calls share the tensors that are alike in them, so that memory stays small.
+    Calls share tensors with the same properties, which keeps memory small.
     """
 
     def __init__(self, calls: list[Call], device: torch.device) -> None:
@@ -89,6 +88,6 @@ class Convolutions:
 
     @torch.no_grad()
     def run(self) -> None:
-        """All of them, once."""
+        """Run all of them once."""
         for op, arguments in self._calls:
             op(*arguments)

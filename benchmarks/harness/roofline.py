@@ -1,10 +1,10 @@
-"""The least time that a GPU can take for a step, from its operations and bytes.
+"""The roofline of a step: the least time that a GPU can take for its operations and bytes.
 
-Every operation of a step is counted as PyTorch runs it eagerly, forward and backward: a
-convolution's multiplications and additions (with PyTorch's own formulas), and the bytes that each
-operation reads and writes once. An operation takes at least its operations at the GPU's peak rate
-and its bytes at the memory's. Passes over feature maps besides the convolutions can be merged into
-one another, so that both sums are given: of the convolutions alone, and with every other pass.
+Every operation of an eager step is counted, forward and backward: the multiplications and
+additions of convolutions (by PyTorch's own formulas), and the bytes that each operation reads and
+writes once. An operation takes at least the time of its arithmetic at the GPU's peak rate, and at
+least the time of its bytes at the memory's. Passes other than convolutions can be fused with one
+another, so there are two sums: the convolutions alone, and all passes.
 """
 
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Peak:
-    """What a GPU's data sheet promises, dense."""
+    """Peak rates from a GPU's data sheet, for dense arithmetic."""
 
     operations: dict[str, float]  # multiplications and additions per second, by precision
-    bytes: float  # per second, from and to its memory
+    bytes: float  # per second, to and from its memory
 
 
 # NVIDIA's data sheets for the SXM modules, without sparsity.
@@ -37,11 +37,11 @@ PEAKS = {
 
 @dataclass
 class Counts:
-    """Of one operation."""
+    """The arithmetic and memory traffic of one operation."""
 
     name: str
     dtype: torch.dtype
-    operations: int  # of a convolution or matrix product; 0 for a pass over the numbers
+    operations: int  # of a convolution or matrix product; 0 for other passes
     bytes: int
 
 
@@ -55,7 +55,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs = _tensors((args, kwargs))
-        # A view moves nothing, and memory is given without being touched.
+        # Views and empty tensors move no bytes.
         if inputs and not func.is_view and "empty" not in str(func):
             formula = flop_registry.get(func.overloadpacket)
             operations = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
@@ -71,19 +71,19 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    """As far as memory goes: an expanded tensor is no larger than what it repeats."""
+    """Bytes in memory: an expanded tensor counts as the tensor that it repeats."""
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
 @contextmanager
 def counted() -> Iterator[list[Counts]]:
-    """The operations that run inside; compiled blocks cannot be seen into."""
+    """The operations that run inside; those in compiled blocks are not seen."""
     with _Counter() as counter:
         yield counter.counts
 
 
 def totals(counts: list[Counts]) -> dict[str, int]:
-    """Sums over a step."""
+    """Sums over a step: operations and bytes of convolutions, number and bytes of other passes."""
     products = [c for c in counts if c.operations]
     passes = [c for c in counts if not c.operations]
     return {
@@ -97,7 +97,7 @@ def totals(counts: list[Counts]) -> dict[str, int]:
 def least_milliseconds(
     counts: list[Counts], peak: Peak, precision: str = "float32"
 ) -> dict[str, float]:
-    """The roofline of networks in this precision: the convolutions alone, and all passes."""
+    """The roofline for networks in this precision: convolutions alone, and all passes."""
     single = "tf32" if precision == "tf32" else "float32"
     convolutions = sum(
         max(

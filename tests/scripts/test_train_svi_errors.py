@@ -246,8 +246,9 @@ def changed(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 
     def change(content: dict[str, Any]) -> Any:
         config = content["config"]
-        ladder = {name: changes.pop(name) for name in list(changes) if name in config["ladder"]}
-        return content | {"config": config | changes | {"ladder": config["ladder"] | ladder}}
+        ladder = {n: changes.get(n, value) for n, value in config["ladder"].items()}
+        others = {n: value for n, value in changes.items() if n not in ladder}
+        return content | {"config": config | others | {"ladder": ladder}}
 
     return change
 

@@ -59,7 +59,11 @@ def test_only_the_newest_checkpoints_are_kept() -> None:
 
 
 class FullDisk:
-    """While `is_full`, files whose names match cannot be written, or "appended" ones not extended."""
+    """A disk that is sometimes full.
+
+    While `is_full`, files whose names match cannot be created, or with the pattern "appended"
+    nothing can be appended to files.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
         self.is_full = False

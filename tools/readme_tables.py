@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.lines import Line
 
 import datasets
 from benchmarks import learning
-from benchmarks.lines import Line
 from guide import build_ladder
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.reports import comparison

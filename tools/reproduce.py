@@ -319,13 +319,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(f"{flag(name)} has no effect here: give --minutes or --steps")
     if (arguments.minutes is None) == ("steps" not in given):
         raise UserError("give either --minutes of training or its --steps")
-    config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
     if given.get("steps") == 0:
         raise UserError("--steps is 0; it must be at least 1")
     if (arguments.out is None) != arguments.dry_run:
         raise UserError("give either --out FOLDER or --dry-run, which writes nothing")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command runs as a single process: start it without torchrun")
+    config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,12 +21,13 @@ import datasets
 from datasets import ImageSet
 from ladder import Ladder
 from ladder_vae.evaluation.importance import Blocks, random_index
-from ladder_vae.evaluation.metrics import curve_samples, metrics, table, write_per_image
+from ladder_vae.evaluation.metrics import Metrics, curve_samples, metrics, write_per_image
 from ladder_vae.evaluation.sampling import check_temperature
 from ladder_vae.networks.precision import COMPILE, PRECISIONS, Execution
 from ladder_vae.reports.comparison import evaluation_folder
 from ladder_vae.reports.figures import draw_album, draw_charts
 from ladder_vae.reports.html import weights_in_words, write_evaluation_report
+from ladder_vae.reports.tables import summary
 from ladder_vae.runs.command_line import OneLineParser, as_user_errors
 from runtime.device import choose_device, keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
@@ -277,7 +278,7 @@ def print_results(ladder: Ladder, results: dict[str, Any], folder: Path) -> None
         f"{results['dataset']}, {results['n_images']:,} {split} images, step {ladder.step:,}, "
         f"{weights_in_words(ladder.weights)}"
     )
-    print(table(results))
+    print(summary(Metrics.from_dict(results)))
     if results["warning"] is not None:
         print(f"warning   {results['warning']}")
     print(f"metrics   {folder / 'metrics.json'}, {folder / 'per_image.npz'}")

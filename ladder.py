@@ -1,7 +1,7 @@
 """A trained ladder: its model and guide with the weights of a checkpoint.
 
-    ladder = Ladder.load("runs/mnist-12")
-    images = ladder.images("test", "data")
+ladder = Ladder.load("runs/mnist-12")
+images = ladder.images("test", "data")
 """
 
 import os

@@ -1,22 +1,21 @@
-"""Image data sets: each is downloaded and checked once, then read on the training device.
+"""Image data sets, downloaded and checked once, then read on the training device.
 
-A new data set is a module with a ``SHAPE``, ``BINARY`` and a ``load``, and one line in `_MODULES`.
+To add a data set, write a module with `SHAPE`, `BINARY` and `load`, and add it to `_MODULES`.
 """
 
 from pathlib import Path
 from typing import Protocol
 
+from datasets import celeba, cifar10, digits, mnist, multi_dsprites, static_mnist, svhn
+from datasets.batches import TrainingBatches
+from datasets.images import ImageSet, Shape
 from runtime.errors import UserError
-
-from . import celeba, cifar10, digits, mnist, multi_dsprites, static_mnist, svhn
-from .batches import TrainingBatches
-from .images import ImageSet, Shape
 
 __all__ = ["NAMES", "SPLITS", "ImageSet", "TrainingBatches", "image_shape", "is_binary", "load"]
 
 
 class _Module(Protocol):
-    """What the module of a data set offers."""
+    """The interface of a data set's module."""
 
     SHAPE: Shape
     BINARY: bool
@@ -39,18 +38,19 @@ SPLITS = ("train", "valid", "test", "train+valid")
 
 
 def load(name: str, split: str, data_dir: str | Path) -> ImageSet:
-    """One split of a data set, in main memory; put into ``data_dir`` the first time.
+    """Load one split of a data set into main memory.
 
-    ``celeba`` is memory-mapped: it is read from its file, and only batches of it move to a GPU.
+    The first call downloads or generates the data set and keeps it as `NAME.npz` in `data_dir`.
+    `celeba` is kept as `celeba.npy` and memory-mapped, and only its batches move to a GPU; `digits`
+    needs no file.
 
     Args:
         name: one of `NAMES`.
         split: one of `SPLITS`.
-        data_dir: the folder that holds ``NAME.npz`` (``celeba.npy``), or will; ``digits`` does
-            not use it.
+        data_dir: the folder of the data sets' files.
 
     Raises:
-        UserError: there is no such data set or split, or its file cannot be had or is damaged.
+        UserError: there is no such data set or split, or its file cannot be made, or is damaged.
     """
     module = _module(name)
     if split not in SPLITS:
@@ -59,21 +59,14 @@ def load(name: str, split: str, data_dir: str | Path) -> ImageSet:
 
 
 def image_shape(name: str) -> Shape:
-    """(C, H, W) of a data set's images, known without loading it.
-
-    Raises:
-        UserError: there is no such data set.
-    """
+    """(C, H, W) of a data set's images, without loading it; raises `UserError` for other names."""
     return _module(name).SHAPE
 
 
 def is_binary(name: str) -> bool:
-    """Whether a data set's pixels are 0 or 1, for which a Bernoulli likelihood suits.
+    """Whether a data set's pixels are 0 or 1; the others have 256 levels.
 
-    The others have 256 levels, for which a discretized likelihood suits.
-
-    Raises:
-        UserError: there is no such data set.
+    Raises `UserError` for other names.
     """
     return _module(name).BINARY
 

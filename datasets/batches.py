@@ -1,34 +1,32 @@
-"""Which images a training step sees, as a pure function of the seed and the step."""
+"""The images of each training step, as a function of the seed and the step alone."""
 
 import torch
 from torch import Tensor
 
+from datasets.images import ImageSet
 from runtime import random as draws
 from runtime.errors import UserError
 
-from .images import ImageSet
-
-# What a draw is for, the second part of its key.
+# The purpose of a draw, the second part of its key.
 _ORDER, _NOISE = 0, 1
 
 
 class TrainingBatches:
-    """Batches of shuffled images: ``batches(step)`` is float32 (batch_size, C, H, W) in [0, 1].
+    """Batches of shuffled images: `batches(step)` is float32 (batch_size, C, H, W) in [0, 1].
 
-    Each epoch goes through the images in an order of its own and drops the last, incomplete
-    batch. Order and binarization noise depend on ``seed`` and ``step`` alone, so a resumed run
-    sees what an unbroken one would have seen, and no state need be stored. (Noise is drawn on
-    the images' device, and CPU and GPU draw differently.)
+    Each epoch shuffles the images and drops the last, incomplete batch. Order and binarization
+    noise depend on `seed` and `step` alone, so a resumed run sees the same images as an
+    uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a CPU
+    and a GPU draw different noise.)
 
     Raises:
-        UserError: ``batch_size`` is below 1 or above the number of images, or ``seed`` is
-            negative.
+        UserError: `batch_size` is below 1 or above the number of images, or `seed` is negative.
     """
 
     def __init__(self, images: ImageSet, batch_size: int, seed: int) -> None:
         if not 1 <= batch_size <= len(images):
             raise UserError(
-                f"batch size {batch_size} does not suit the {len(images)} images of {images.name} "
+                f"batch size {batch_size} does not fit the {len(images)} images of {images.name} "
                 f"({images.split}): choose one from 1 to {len(images)}"
             )
         if seed < 0:
@@ -42,16 +40,16 @@ class TrainingBatches:
         self._order = torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
-        """The batch of ``step``, counted from 0 over all epochs."""
+        """The batch of `step`, which counts from 0 over all epochs."""
         return self.part(step, 0, 1)
 
     def part(self, step: int, number: int, parts: int) -> Tensor:
-        """One of equal ``parts`` of the batch of ``step``, by its ``number`` from 0."""
+        """Part `number`, from 0, of the batch of `step` cut into `parts` equal parts."""
         index = self._index(step)
         size = self.batch_size // parts
         chosen = slice(number * size, (number + 1) * size)
         self._generator.manual_seed(draws.torch_seed(self.seed, _NOISE, step))
-        if self.images.is_noisy:  # the noise of the whole batch is drawn, and that of the part kept
+        if self.images.is_noisy:  # draw the whole batch's noise, so that parts agree with the whole
             return self.images.batch(index, self._generator)[chosen]
         return self.images.batch(index[chosen], self._generator)
 
@@ -64,8 +62,8 @@ class TrainingBatches:
         return self._order[start : start + self.batch_size]
 
     def _shuffle(self, epoch: int) -> Tensor:
-        # Kept there for the whole epoch, so that a step costs one slice of it.
+        # The order stays on the device for the whole epoch, so that a step only slices it.
         order = torch.from_numpy(draws.permutation(len(self.images), self.seed, _ORDER, epoch))
         if self.images.index_device.type == "cuda":
-            order = order.pin_memory()  # without which the copy would halt the GPU's queue
+            order = order.pin_memory()  # else the copy waits for the GPU
         return order.to(self.images.index_device, non_blocking=True)

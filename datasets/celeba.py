@@ -1,57 +1,50 @@
 """CelebA: faces of celebrities, cropped to 148x148 and resized to 64x64.
 
 Z. Liu, P. Luo, X. Wang and X. Tang, "Deep learning face attributes in the wild", ICCV 2015; the
-aligned images. The crop is that of A. B. L. Larsen et al., "Autoencoding beyond pixels using a
-learned similarity metric", ICML 2016. Prepared once as ``celeba.npy``, (202599, 64, 64, 3) uint8,
-``train``, ``valid`` and ``test`` one after the other, with its check sums in ``celeba.json``.
+aligned images, with the crop of A. B. L. Larsen et al., "Autoencoding beyond pixels using a learned
+similarity metric", ICML 2016. Cached as `celeba.npy`, (202599, 64, 64, 3) uint8, with `train`,
+`valid` and `test` in this order, and its checksums in `celeba.json`.
 """
 
 import itertools
-import tempfile
+import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import numpy as np
 import torch
 
+from datasets.download import one_reason, require_md5
+from datasets.images import ImageSet, MappedImages, Shape
+from datasets.mapped import open_mapped, write_mapped
 from runtime.errors import UserError
 from runtime.files import writing
 
-from .cache import reading
-from .download import require_md5
-from .images import ImageSet, MappedImages, Shape
-from .mapped import open_mapped, write_mapped
-
 SHAPE: Shape = (3, 64, 64)
 BINARY = False
-COUNTS = {"train": 162_770, "valid": 19_867, "test": 19_962}  # in the order of their numbers
-# What reading a damaged picture or archive raises.
-_UNUSABLE = (KeyError, OSError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error)
+COUNTS = {"train": 162_770, "valid": 19_867, "test": 19_962}  # in published order
 _IMAGES, _PARTITION = "img_align_celeba", "list_eval_partition.txt"
-_SIZE = (178, 218)  # of a published image, width and height
+_SIZE = (178, 218)  # width and height of a published image
 _CROP = (15, 35, 163, 183)  # its central 148x148: left, top, right, bottom
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
-    """One of the published splits, memory-mapped from ``DATA_DIR/celeba.npy``.
+    """One of the published splits, memory-mapped from `DATA_DIR/celeba.npy`.
 
-    If that is missing it is made, in some minutes, from two published files in
-    ``DATA_DIR/celeba``: ``list_eval_partition.txt`` and ``img_align_celeba.zip``, or a folder
-    ``img_align_celeba`` with what is in the latter. What is missing of these is downloaded, which
-    needs the package gdown, and kept.
+    A missing `celeba.npy` is made, in a few minutes, from two published files in `DATA_DIR/celeba`:
+    `list_eval_partition.txt` and `img_align_celeba.zip`, or the folder `img_align_celeba` extracted
+    from it. Missing files are downloaded, which needs the package gdown, and kept.
 
     Raises:
-        UserError: a file is damaged or another, or cannot be downloaded, read or written.
+        UserError: a file has other contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "celeba.npy"
     shape = (sum(COUNTS.values()), 64, 64, 3)
-    with reading(path):
-        missing = not path.exists()
-    if missing:
+    if not os.path.exists(path):
         folder = data_dir / "celeba"
         _require_published(folder, path)
         names = _names(folder / _PARTITION)
@@ -67,7 +60,7 @@ def _rows(split: str) -> slice:
 
 
 def _names(partition: Path) -> list[str]:
-    """The images' names in the order of the splits, from lines like ``000001.jpg 0``."""
+    """The images' names, split by split, from lines such as `000001.jpg 0`."""
     require_md5(partition, _file_list()[_PARTITION][1])
     lines = [line.split() for line in partition.read_text().splitlines()]
     return [
@@ -79,7 +72,7 @@ def _names(partition: Path) -> list[str]:
 
 
 def _prepared(folder: Path, names: list[str]) -> Iterator[np.ndarray]:
-    """The images cropped and resized: each uint8 (64, 64, 3)."""
+    """The cropped and resized images, each uint8 (64, 64, 3)."""
     from tqdm import tqdm
 
     with _opener(folder) as open_image:
@@ -87,18 +80,17 @@ def _prepared(folder: Path, names: list[str]) -> Iterator[np.ndarray]:
             try:
                 with open_image(name) as file:
                     image = _crop(file)
-            except _UNUSABLE as error:
-                reason = " ".join(str(error).split())
+            except Exception as error:  # Pillow and zipfile raise many kinds
                 raise UserError(
-                    f"image {name} in {folder / _IMAGES} cannot be used ({reason}): put the "
-                    f"published {_IMAGES}.zip into {folder}"
+                    f"image {name} in {folder / _IMAGES} cannot be used ({one_reason(error)}): put "
+                    f"the published {_IMAGES}.zip into {folder}"
                 ) from error
             yield image
 
 
 @contextmanager
 def _opener(folder: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """What opens an image by its name, in the archive or else in the folder."""
+    """A function that opens an image by its name, from the archive or else from the folder."""
     archive = folder / f"{_IMAGES}.zip"
     if archive.exists():
         require_md5(archive, _file_list()[archive.name][1])
@@ -109,7 +101,7 @@ def _opener(folder: Path) -> Iterator[Callable[[str], IO[bytes]]]:
 
 
 def _crop(file: IO[bytes]) -> np.ndarray:
-    """What torchvision's CenterCrop(148) and Resize(64) make of a picture."""
+    """The result of torchvision's CenterCrop(148) and Resize(64)."""
     from PIL import Image
 
     with Image.open(file) as image:
@@ -123,11 +115,10 @@ def _crop(file: IO[bytes]) -> np.ndarray:
 
 
 def _require_published(folder: Path, path: Path) -> None:
-    """Download what is not there of the published files that are needed."""
-    with reading(folder):
-        wanted = [] if (folder / _PARTITION).exists() else [_PARTITION]
-        if not (folder / _IMAGES).is_dir() and not (folder / f"{_IMAGES}.zip").exists():
-            wanted.append(f"{_IMAGES}.zip")
+    """Download the needed files that are missing."""
+    wanted = [] if (folder / _PARTITION).exists() else [_PARTITION]
+    if not (folder / _IMAGES).is_dir() and not (folder / f"{_IMAGES}.zip").exists():
+        wanted.append(f"{_IMAGES}.zip")
     for name in wanted:
         _download(name, folder, path)
 
@@ -137,26 +128,22 @@ def _download(name: str, folder: Path, path: Path) -> None:
 
     with writing(folder / name):
         folder.mkdir(parents=True, exist_ok=True)
-    with (
-        writing(folder / name),
-        tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary,
-    ):
-        address, md5 = _file_list()[name]
-        try:
-            download_file_from_google_drive(address, temporary, name, md5)
-        # gdown's own errors, requests' and torchvision's: they have no base of their own.
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{path} is missing and cannot be made, as the download of {name} from Google "
-                f"Drive failed ({reason}): put {_IMAGES}.zip and {_PARTITION} from "
-                f"mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {folder} by hand"
-            ) from error
-        Path(temporary, name).replace(folder / name)
+        with TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+            file_id, md5 = _file_list()[name]
+            try:
+                download_file_from_google_drive(file_id, temporary, name, md5)
+            except Exception as error:  # gdown's, requests' and torchvision's
+                raise UserError(
+                    f"{path} is missing and cannot be made, because the download of {name} from "
+                    f"Google Drive failed ({one_reason(error)}): put {_IMAGES}.zip and "
+                    f"{_PARTITION} from mmlab.ie.cuhk.edu.hk/projects/CelebA.html into {folder} "
+                    "by hand"
+                ) from error
+            Path(temporary, name).replace(folder / name)
 
 
 def _file_list() -> dict[str, tuple[str, str]]:
-    """Address at Google Drive and MD5 of each published file, which torchvision knows."""
+    """Google Drive's file id and the MD5 of each published file, as torchvision lists them."""
     from torchvision.datasets import CelebA
 
-    return {name: (address, md5) for address, md5, name in CelebA.file_list}
+    return {name: (file_id, md5) for file_id, md5, name in CelebA.file_list}

@@ -1,25 +1,22 @@
 """CIFAR10: small photographs in colour.
 
 A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009. Cached as
-``cifar10.npz``: ``train`` (50000, 32, 32, 3), ``test`` (10000, 32, 32, 3), ``train_labels``
-(50000,) and ``test_labels`` (10000,), all uint8. A file that has the images in another order than
-the published one will do as well: splits, and the order within them, are the same.
+`cifar10.npz`: `train` (50000, 32, 32, 3), `test` (10000, 32, 32, 3), `train_labels` (50000,) and
+`test_labels` (10000,), all uint8. The file may hold the images in any order: splits, and the order
+within them, do not depend on it.
 """
 
 import tarfile
-import tempfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
+from datasets.cache import Contents, load_arrays, sha256_of_values
+from datasets.download import PublishedFile, published
+from datasets.images import ColourImages, ImageSet, Shape
 from runtime import random as draws
-from runtime.errors import UserError
-from runtime.files import writing
-
-from .cache import Contents, load_arrays, sha256_of_values
-from .download import DownloadError, published
-from .images import ColourImages, ImageSet, Shape
 
 SHAPE: Shape = (3, 32, 32)
 BINARY = False
@@ -28,10 +25,10 @@ _SEED = 0
 
 
 def image_hashes(images: np.ndarray) -> np.ndarray:
-    """A 64-bit number for each of the images, uint8 (N, 32, 32, 3): uint64 (N,).
+    """A 64-bit hash of each image of uint8 (N, 32, 32, 3): uint64 (N,).
 
-    The sum of an image's 32-bit words, each times an odd random 64-bit factor, modulo 2^64: of
-    words as long as the factors, the high bits would count for too little.
+    The hash is sum_i factor_i word_i modulo 2^64, with 32-bit words of the image and fixed random
+    odd 64-bit factors. (The high bits of 64-bit words would hardly affect it.)
     """
     words = images.reshape(len(images), -1).view("<u4")
     factors = draws.words(words.shape[1], _SEED) | np.uint64(1)
@@ -39,7 +36,7 @@ def image_hashes(images: np.ndarray) -> np.ndarray:
 
 
 def _digest_of_hashes(images: np.ndarray) -> str:
-    """The same for the same images in any order."""
+    """A digest that does not depend on the order of the images."""
     return sha256_of_values(np.sort(image_hashes(images)).astype("<u8").view(np.uint8))
 
 
@@ -72,14 +69,14 @@ CONTENTS = {
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
-    """One split, from ``DATA_DIR/cifar10.npz``, which is made first if it is missing.
+    """One split, from `DATA_DIR/cifar10.npz`.
 
-    It is made from the published archive, taken from ``data_dir`` where the user has put it there
-    and downloaded otherwise. Images come in the order of their hashes: ``valid`` is the first
-    5,000 of the training images, ``train`` the other 45,000.
+    A missing `cifar10.npz` is made from the published archive, which is downloaded unless it is in
+    `data_dir`. Images are in the order of their hashes: `valid` is the first 5,000 training images,
+    `train` the other 45,000.
 
     Raises:
-        UserError: a file is damaged or another, or cannot be downloaded, read or written.
+        UserError: a file has other contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "cifar10.npz"
     source = "test" if split == "test" else "train"
@@ -98,25 +95,20 @@ def _rows(order: np.ndarray, split: str) -> np.ndarray:
 
 
 def _published(path: Path) -> dict[str, np.ndarray]:
-    """The published archive, read by torchvision, which checks the MD5 of each file in it."""
+    """The arrays of the published archive, read by torchvision."""
     from torchvision.datasets import CIFAR10
 
-    with writing(path), tempfile.TemporaryDirectory(prefix=".cifar10-", dir=path.parent) as folder:
-        try:
-            with (
-                published(CIFAR10.url, path.parent, CIFAR10.tgz_md5) as file,
-                tarfile.open(file) as archive,
-            ):
-                archive.extractall(folder, filter="data")
-        except DownloadError as error:
-            raise UserError(
-                f"{path} is missing and cannot be made, as a download failed ({error}): put "
-                f"{CIFAR10.filename} into {path.parent} by hand"
-            ) from error
+    source = PublishedFile([CIFAR10.url], CIFAR10.tgz_md5)
+    with (
+        published(path, [source]) as files,
+        TemporaryDirectory(prefix=".cifar10-", dir=path.parent) as folder,
+        tarfile.open(files[source.name]) as archive,
+    ):
+        archive.extractall(folder, filter="data")
         train, test = (CIFAR10(folder, train=train) for train in (True, False))
-        return {
-            "train": train.data,
-            "test": test.data,
-            "train_labels": np.array(train.targets, np.uint8),
-            "test_labels": np.array(test.targets, np.uint8),
-        }
+    return {
+        "train": train.data,
+        "test": test.data,
+        "train_labels": np.array(train.targets, np.uint8),
+        "test_labels": np.array(test.targets, np.uint8),
+    }

@@ -1,18 +1,17 @@
-"""scikit-learn's 8x8 handwritten digits, binarized once: a data set for trials and tests.
+"""scikit-learn's 8x8 handwritten digits, statically binarized: a data set for trials and tests.
 
 E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998: the
-1,797 images of its test set, which come with scikit-learn, so that no file or network is needed.
-Pixels 0 .. 16 are divided by 16 and drawn once as Bernoulli, like static MNIST; the images are
-then shuffled and split. Draws and shuffle are fixed.
+1,797 images of its test set. They come with scikit-learn, so neither a file nor a network is
+needed. Pixels 0 ... 16 are divided by 16 and drawn once as Bernoulli, like static MNIST; then the
+images are shuffled and split. Draws and shuffle are fixed.
 """
 
 from pathlib import Path
 
 import numpy as np
 
+from datasets.images import ImageSet, PackedImages, Shape
 from runtime import random as draws
-
-from .images import ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 8, 8)
 BINARY = True
@@ -27,7 +26,7 @@ _BINARIZATION, _SHUFFLE = 0, 1
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
-    """One split: 1,200 images to train on, 300 for validation, 297 for the test."""
+    """One split: 1,200 training, 300 validation and 297 test images."""
     return PackedImages.pack("digits", split, _binary_images()[_ROWS[split]])
 
 

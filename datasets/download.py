@@ -1,108 +1,89 @@
-"""Downloads that are either whole and right or leave nothing behind."""
+"""Published files: the user's own or downloads, checked by MD5."""
 
-import functools
 import hashlib
-import http.client
-import ssl
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from runtime.errors import UserError
-from runtime.files import temporary_file
+from runtime.files import reading, writing
 
-# What the network can do to a download; a full disk is an OSError too, and not among them.
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    http.client.HTTPException,
-    ConnectionError,
-    TimeoutError,
-    ssl.SSLError,
-)
-_TIMEOUT = 30  # seconds without a byte
-_CHUNK = 1 << 18  # bytes
-# Hosts in FIPS mode refuse MD5 unless told that it only checks for damage.
-_md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+_TIMEOUT = 30.0  # seconds without a byte
 
 
-class DownloadError(Exception):
-    """A download failed; the message says from where, and why."""
+class PublishedFile(NamedTuple):
+    """A published file: its URLs, all of the same content, and its MD5."""
+
+    urls: Sequence[str]
+    md5: str
+
+    @property
+    def name(self) -> str:
+        return self.urls[0].rpartition("/")[2]
 
 
 @contextmanager
-def downloaded(url: str, folder: Path, md5: str) -> Iterator[Path]:
-    """The file at ``url``, under a temporary name in ``folder`` for as long as it is needed.
+def published(path: Path, files: Sequence[PublishedFile]) -> Iterator[dict[str, Path]]:
+    """The files from which `path` is made, by name.
+
+    Files that the user has put into the folder of `path` are used and kept. The others are
+    downloaded and removed at the end.
 
     Raises:
-        DownloadError: it cannot be fetched whole, or its MD5 is not ``md5``.
-        UserError: ``folder`` cannot be written in.
+        UserError: a download fails, a file is not the published one, or the folder cannot be
+            written.
     """
-    with temporary_file(folder / url.rpartition("/")[2]) as file:
-        digest = _md5()
-        for chunk in _chunks(url):
-            file.write(chunk)
-            digest.update(chunk)
-        if digest.hexdigest() != md5:
-            raise DownloadError(f"{url}: its MD5 is {digest.hexdigest()}, not {md5}")
-        file.flush()
-        yield Path(file.name)
+    folder = path.parent
+    with writing(path), TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
+        found = {}
+        for file in files:
+            found[file.name] = folder / file.name
+            if not found[file.name].exists():
+                found[file.name] = Path(temporary, file.name)
+                try:
+                    _download(file, temporary)
+                except RuntimeError as error:
+                    names = ", ".join(each.name for each in files)
+                    raise UserError(
+                        f"{path} is missing and cannot be made, because a download failed "
+                        f"({error}): put {names} into {folder} by hand"
+                    ) from error
+            require_md5(found[file.name], file.md5)
+        yield found
 
 
-@contextmanager
-def published(url: str, folder: Path, md5: str) -> Iterator[Path]:
-    """The file of that name that the user has put into ``folder``, or else `downloaded`.
+def _download(file: PublishedFile, folder: str) -> None:
+    """Download a file from the first URL that works; raises `RuntimeError` if none does."""
+    from torchvision.datasets.utils import download_url
 
-    Raises:
-        DownloadError: it cannot be fetched whole, or its MD5 is not ``md5``.
-        UserError: the user's file is not the published one, or ``folder`` cannot be written in.
-    """
-    own = folder / url.rpartition("/")[2]
-    if own.exists():
-        require_md5(own, md5)
-        yield own
-    else:
-        with downloaded(url, folder, md5) as file:
-            yield file
+    failures = []
+    for url in file.urls:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(_TIMEOUT)  # torchvision sets none and would wait forever
+        try:
+            return download_url(url, folder, file.name, file.md5)
+        except Exception as error:  # torchvision's, urllib's and http's
+            failures.append(f"{url}: {one_reason(error)}")
+        finally:
+            socket.setdefaulttimeout(before)
+    raise RuntimeError("; ".join(failures))
+
+
+def one_reason(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def require_md5(path: Path, md5: str) -> None:
-    """Checks a file that the user has put there.
-
-    Raises:
-        UserError: the file cannot be read, or its MD5 is not ``md5``.
-    """
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, _md5).hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}): put the right one there"
-        ) from error
+    """Raise `UserError` if the file cannot be read or its MD5 is not `md5`."""
+    with reading(path), path.open("rb") as file:
+        # Hosts in FIPS mode refuse MD5 for security; here it only detects damage.
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
     if found != md5:
         raise UserError(
             f"{path} is not the published file (its MD5 is {found}, not {md5}): "
-            "delete it to have it downloaded, or put the right one there"
+            "delete it to download it again, or put the published file there"
         )
-
-
-def _chunks(url: str) -> Iterator[bytes]:
-    """The bytes at ``url``, with a progress bar on standard error."""
-    from tqdm import tqdm
-
-    received = 0
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            length = response.length
-            name = url.rpartition("/")[2]
-            with tqdm(total=length, unit="B", unit_scale=True, desc=name) as bar:
-                while chunk := response.read(_CHUNK):
-                    received += len(chunk)
-                    bar.update(len(chunk))
-                    yield chunk
-    except NETWORK_ERRORS as error:
-        raise DownloadError(f"{url}: {getattr(error, 'reason', None) or error}") from error
-    # A connection that is cut looks like the end of the file.
-    if length is not None and received < length:
-        raise DownloadError(f"{url}: the connection was cut after {received} of {length} bytes")

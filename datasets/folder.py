@@ -1,9 +1,10 @@
-"""Images of the user's own, in a folder of picture files.
+"""The user's own images, in a folder of image files.
 
-Pictures are read as data: no resizing, no thresholding, nothing guessed. What does not fit the
-model as it is, is refused by name.
+Images are neither resized nor thresholded: one that does not fit the model is an error that names
+its file.
 """
 
+import io
 import os
 import warnings
 from collections.abc import Iterable
@@ -13,33 +14,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from datasets.images import ColourImages, ImageSet, PackedImages, Shape
 from runtime.errors import UserError
-
-from .cache import reading
-from .images import ColourImages, ImageSet, PackedImages, Shape
+from runtime.files import reading
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# What Pillow calls the formats that are read, and their files' suffixes. Others are not even tried:
-# it would run Ghostscript on PostScript.
+# Pillow's names of the supported formats, and their suffixes. No other format is tried, because
+# Pillow would run Ghostscript on PostScript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Modes of Pillow with 8 bits to the channel at most, in the display's own colours.
+# Pillow's modes of at most 8 bits per channel, in the display's colours.
 _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA"}
 
 
 def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, list[str]]:
-    """All images in a folder, not in folders within it, and their files' names, in that order.
+    """The images in a folder, without its subfolders, and their file names, sorted.
 
-    They are the files whose suffix is one of `SUFFIXES`, sorted by name. Each must be of `shape`
-    (C, H, W). For C = 1 colour pictures will do whose channels are all equal; for C = 3 grey
-    pictures will not. ``binary`` images may hold black (0) and white (255) alone. The set is called
-    like the folder, its split "folder".
+    Images are the files with one of `SUFFIXES`. Each must have `shape` (C, H, W). For C = 1 colour
+    images whose channels are all equal count as grey; for C = 3 grey images are an error. `binary`
+    images must be black (0) and white (255) only. The image set has the folder's name and the split
+    "folder".
 
     Raises:
-        UserError: there is no such folder, no image in it, or one that is damaged or of another
-            kind.
+        UserError: there is no such folder, no image in it, or one that is damaged or does not fit.
     """
     folder = Path(os.path.expanduser(path))
     files = _image_files(folder)
@@ -57,7 +56,7 @@ def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, li
 
 
 def _image_files(folder: Path) -> list[Path]:
-    if not os.path.isdir(folder):  # without an error, whatever the path
+    if not os.path.isdir(folder):  # unlike Path.is_dir, never an error
         raise UserError(f"there is no folder {folder}: give one that holds images")
     with reading(folder):
         files = sorted(_visible_images(folder.iterdir()), key=lambda file: file.name)
@@ -75,20 +74,20 @@ def _visible_images(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """The levels of a picture file: uint8 (H, W, 1) where it is grey, (H, W, 3) where coloured.
+    """The levels of an image file: uint8 (H, W, 1) if it is grey, (H, W, 3) if it is in colour.
 
-    A palette counts as colour. Photographs are turned as their orientation tag says.
+    A palette counts as colour. Photographs are rotated according to their orientation tag.
 
     Raises:
-        UserError: the file is damaged or no picture, or holds several frames, transparent pixels,
-            or pixels that are neither grey of 8 bits nor RGB.
+        UserError: the file is damaged or no image, or has several frames, transparent pixels, or
+            pixels that are neither 8-bit grey nor RGB.
     """
     image, frames = _decoded(path)
     if frames > 1:
-        raise UserError(f"{path} holds {frames} frames: save one of them by itself")
+        raise UserError(f"{path} holds {frames} frames: save one of them as a file")
     if image.mode not in _GREY | _COLOUR:
         raise UserError(
-            f"{path} has pixels of the kind {image.mode}: save it in grey of 8 bits or in RGB"
+            f"{path} has pixels of Pillow's mode {image.mode}: save it as 8-bit grey or RGB"
         )
     kind = "L" if image.mode in _GREY else "RGB"
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
@@ -100,43 +99,42 @@ def read_picture(path: Path) -> np.ndarray:
 
 
 def _decoded(path: Path) -> tuple["Image.Image", int]:
-    """The first frame of a picture file, and how many there are."""
+    """The first frame of an image file, and the number of frames."""
     from PIL import Image, ImageOps
 
+    with reading(path):
+        content = io.BytesIO(path.read_bytes())
     try:
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file, formats=_FORMATS)
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = Image.open(content, formats=_FORMATS)
             frames = getattr(image, "n_frames", 1)
-            return ImageOps.exif_transpose(image), frames  # a copy, decoded to the last pixel
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): give read access to it") from None
+            return ImageOps.exif_transpose(image), frames  # a copy, completely decoded
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: give a smaller image"
         ) from None
-    except Exception:  # Pillow's errors are of many kinds, and speak to programmers
+    except Exception:  # Pillow raises many kinds, with messages for programmers
         raise UserError(
-            f"{path} is damaged or no image: replace it by a whole PNG, JPEG, BMP, GIF, WebP or "
+            f"{path} is damaged or no image: replace it by a complete PNG, JPEG, BMP, GIF, WebP or "
             "TIFF file, or remove it"
         ) from None
 
 
 def _fitting(levels: np.ndarray, path: Path, shape: Shape) -> np.ndarray:
-    """`levels` (H, W, 1 or 3) as an image of `shape` (C, H, W): (H, W, C)."""
+    """`levels` (H, W, 1 or 3) as (H, W, C), for images of `shape` (C, H, W)."""
     channels, *size = shape
     height, width, found = levels.shape
     if [height, width] != size:
         raise UserError(
-            f"{path} is {width} wide and {height} high; the model's images are {size[1]} wide and "
-            f"{size[0]} high"
+            f"{path} is {width} wide and {height} high but the model's images are {size[1]} "
+            f"wide and {size[0]} high"
         )
     if channels == 1 and found == 3:
         if (levels != levels[..., :1]).any():
-            raise UserError(f"{path} is in colour and the model's images are grey: save it in grey")
+            raise UserError(f"{path} is in colour but the model's images are grey: save it in grey")
         return levels[..., :1]
     if channels != found:
-        raise UserError(f"{path} is grey and the model's images are in colour: give a colour image")
+        raise UserError(f"{path} is grey but the model's images are in colour: give a colour image")
     return levels
 
 
@@ -144,6 +142,6 @@ def _require_binary(levels: np.ndarray, path: Path) -> None:
     between = levels[(levels > 0) & (levels < 255)]
     if len(between):
         raise UserError(
-            f"{path} has levels between black (0) and white (255), such as {between[0]}, and the "
-            "model is of binary images: binarize it first, for example at 128"
+            f"{path} has levels between black (0) and white (255), such as {between[0]}, but the "
+            "model's images are binary: binarize it first, for example at 128"
         )

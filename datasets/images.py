@@ -1,4 +1,4 @@
-"""Images kept on a device as the few bytes they are, and read as batches of floats."""
+"""Images, stored compactly on a device and read as batches of floats."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ class ImageSet(ABC):
         name: the data set's name.
         split: the split's name.
         shape: (C, H, W) of one image.
-        is_noisy: whether images are drawn anew at each reading.
+        is_noisy: whether each reading draws the images again.
     """
 
     is_noisy = False
@@ -34,12 +34,12 @@ class ImageSet(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where `batch` delivers images."""
+        """The device of the images that `batch` returns."""
         return self._stored.device
 
     @property
     def index_device(self) -> torch.device:
-        """Where `batch` finds its index without waiting for a copy of it."""
+        """The device on which `batch` needs no copy of its index."""
         return self._stored.device
 
     def to(self, device: torch.device | str) -> Self:
@@ -50,30 +50,29 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The images at ``index`` (B,) int64: float32 (B, C, H, W) in [0, 1], on `device`.
+        """The images at `index` (B,) int64: float32 (B, C, H, W) in [0, 1], on `device`.
 
-        ``index`` may lie on `device` or on `index_device`.
-        ``generator``, on the same device, is where images that are drawn anew at each reading
-        take their noise from; fixed images do not use it.
+        `index` is on `device` or on `index_device`. Noisy images draw from `generator`, which is
+        on `device`; the others ignore it.
         """
 
 
 class PackedImages(ImageSet):
-    """Fixed binary images, eight pixels to the byte.
+    """Fixed binary images, eight pixels per byte.
 
-    ``stored`` is uint8 (N, ceil(C*H*W / 8)), each row `numpy.packbits` of an image in row-major
+    `stored` is uint8 (N, ceil(C*H*W / 8)), each row `numpy.packbits` of an image in row-major
     order: the first pixel is the highest bit.
     """
 
     @classmethod
     def pack(cls, name: str, split: str, images: np.ndarray) -> Self:
-        """Pack ``images`` (N, C, H, W), true or nonzero where a pixel is on."""
+        """Pack `images` (N, C, H, W), in which nonzero pixels are on."""
         count, channels, height, width = images.shape
         packed = np.packbits(images.reshape(count, -1), axis=1)
         return cls(name, split, (channels, height, width), torch.from_numpy(packed))
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        # The shifts are made on the device: a constant copied there would halt a GPU's queue.
+        # Create the shifts on the device: copying a constant to a GPU would wait for it.
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=self.device)
         bits = (self._stored[index].unsqueeze(-1) >> shifts) & 1  # (B, bytes, 8)
         channels, height, width = self.shape
@@ -82,11 +81,11 @@ class PackedImages(ImageSet):
 
 
 class DynamicallyBinarizedImages(ImageSet):
-    """Grey images whose pixels are Bernoulli(grey / 255), drawn anew at each reading.
+    """Grey images whose pixels are Bernoulli(grey / 255), drawn again at each reading.
 
     Salakhutdinov and Murray, "On the quantitative analysis of deep belief networks", ICML 2008;
-    drawing anew in training is Burda et al., "Importance weighted autoencoders", ICLR 2016.
-    ``stored`` is uint8 (N, C, H, W).
+    Burda et al., "Importance weighted autoencoders", ICLR 2016, draw again at each training step.
+    `stored` is uint8 (N, C, H, W).
     """
 
     is_noisy = True
@@ -96,9 +95,9 @@ class DynamicallyBinarizedImages(ImageSet):
 
 
 class ColourImages(ImageSet):
-    """Images of 256 levels to the channel: level / 255, the same at each reading.
+    """Fixed images of 256 levels per channel, read as level / 255.
 
-    ``stored`` is uint8 (N, H, W, C), as picture files and NumPy have them.
+    `stored` is uint8 (N, H, W, C), the layout of image files.
     """
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -106,10 +105,10 @@ class ColourImages(ImageSet):
 
 
 class MappedImages(ColourImages):
-    """Colour images in a memory-mapped file, which may be larger than a GPU's or the main memory.
+    """Colour images in a memory-mapped file, which may exceed the main or a GPU's memory.
 
-    ``stored`` is as for `ColourImages`, and its memory the file's. It stays where it is: `to`
-    changes where batches are delivered, and `batch` reads its rows on the host and sends them.
+    `stored` is as for `ColourImages` and shares the file's memory. It stays on the host: `to`
+    changes the device of the batches, and `batch` reads rows on the host and copies them there.
     """
 
     def __init__(self, name: str, split: str, shape: Shape, stored: Tensor) -> None:
@@ -122,19 +121,19 @@ class MappedImages(ColourImages):
 
     def to(self, device: torch.device | str) -> Self:
         moved = copy.copy(self)
-        # A tensor there tells "cuda" from "cuda:0", as it does for other image sets.
+        # A tensor's device has an index, "cuda:0" for "cuda", as that of other image sets.
         moved._device = torch.empty(0, device=device).device
         return moved
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         rows = self._stored[index.to(self.index_device)]
         if self.device.type == "cuda":
-            rows = rows.pin_memory()  # without which the copy would halt the GPU's queue
+            rows = rows.pin_memory()  # else the copy waits for the GPU
         return _unit_levels(rows.to(self.device, non_blocking=True))
 
 
 def _unit_levels(rows: Tensor) -> Tensor:
     """uint8 (B, H, W, C) as float32 (B, C, H, W), level / 255."""
     levels = rows.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    # By a number, CUDA divides as multiplication with its reciprocal: the last bit would differ.
+    # CUDA divides by a Python number through its reciprocal, which would change the last bit.
     return levels.div_(torch.full((), 255.0, device=levels.device))

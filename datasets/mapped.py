@@ -1,12 +1,11 @@
-"""A file ``NAME.npy`` for images too many to load: written row by row, read by memory map.
+"""`NAME.npy` for images that do not fit into memory: written row by row, read by memory map.
 
-Beside it lies ``NAME.json`` with its size and SHA-256, and the SHA-256 of blocks sampled over the
-whole file, which are checked at each load: all of a large file would take too long.
+`NAME.json` beside it holds its size and SHA-256, and the SHA-256 of blocks sampled from first to
+last. Each load checks the sampled blocks, because reading a large file whole would take too long.
 """
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,16 +13,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from runtime.errors import UserError
-from runtime.files import write_atomically
-
-from .cache import reading, require_no_folder
+from runtime.files import read_json, reading, write_atomically, write_json
 
 _BLOCKS = 64
 _BLOCK = 1 << 16  # bytes
 
 
 def write_mapped(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> None:
-    """Write the array of ``shape`` whose ``rows`` these are, uint8: all of it, or nothing.
+    """Write the uint8 array of `shape` that consists of `rows`, completely or not at all.
 
     Raises:
         UserError: a file cannot be written.
@@ -35,37 +32,37 @@ def write_mapped(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray])
             file.write(chunk)
             digest.update(chunk)
         file.flush()
-        record = _record(Path(file.name)) | {"sha256": digest.hexdigest()}
-        # Before the array is there under its own name: no whole array is without its record.
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(record_path(path), lambda beside: beside.write(text.encode()))
+        # The record comes first: no array gets its final name without one.
+        write_json(record_path(path), _record(Path(file.name)) | {"sha256": digest.hexdigest()})
 
     write_atomically(path, write)
 
 
 def open_mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that `write_mapped` wrote, as a memory map. Changes of it are not written.
+    """Memory-map the array that `write_mapped` wrote; changes to it are not written back.
 
     Raises:
-        UserError: the files are not what they were when they were written, or another shape's.
+        UserError: the file differs from what was written, or has another shape.
     """
-    require_no_folder(path)
     with reading(path):
         found = _record(path)
-    if found != _kept_record(path):
-        raise _damaged(path, f"it is not what {record_path(path)} says")
-    try:
-        with reading(path):
-            array = np.load(path, mmap_mode="c")
-    except (EOFError, ValueError) as error:
-        raise _damaged(path, f"it cannot be read: {' '.join(str(error).split())}") from error
+    kept = read_json(record_path(path))
+    if not (isinstance(kept, dict) and found.items() <= kept.items()):
+        raise UserError(
+            f"{path} is damaged or another file (its checksum differs from that in "
+            f"{record_path(path)}): delete both to have them made again"
+        )
+    array = np.load(path, mmap_mode="c")
     if array.dtype != np.uint8 or array.shape != shape:
-        raise _damaged(path, f"it is {array.dtype} {array.shape} where uint8 {shape} is expected")
+        raise UserError(
+            f"{path} is another file (it is {array.dtype} {array.shape} where uint8 {shape} is "
+            "expected): delete it to have it made again"
+        )
     return array
 
 
 def record_path(path: Path) -> Path:
-    """The file beside ``path`` that holds its check sums."""
+    """The file beside `path` that holds its checksums."""
     return path.with_suffix(".json")
 
 
@@ -79,7 +76,7 @@ def _npy_chunks(shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> Iterable[
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What is checked at each load: the size, and the SHA-256 of blocks from first to last."""
+    """What each load checks: the size, and the SHA-256 of blocks sampled from first to last."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)
@@ -87,19 +84,3 @@ def _record(path: Path) -> dict[str, Any]:
             file.seek(start)
             digest.update(file.read(_BLOCK))
     return {"bytes": size, "sampled_sha256": digest.hexdigest()}
-
-
-def _kept_record(path: Path) -> dict[str, Any]:
-    record = record_path(path)
-    try:
-        with reading(record):
-            kept = json.loads(record.read_bytes())
-        return {name: kept[name] for name in ("bytes", "sampled_sha256")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{record} does not hold the check sums of {path}: delete both to have them made again"
-        ) from error
-
-
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path} is damaged or another file ({what}): delete it to have it made again")

@@ -1,24 +1,20 @@
-"""MNIST in grey: dynamically binarized to train on, one fixed draw of it to be scored on.
+"""MNIST, binarized dynamically for training and statically for evaluation.
 
 Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits". Cached as
-``mnist.npz``: ``train`` (60000, 28, 28), ``test`` (10000, 28, 28), ``train_labels`` (60000,) and
-``test_labels`` (10000,), all uint8 and in MNIST's own order.
+`mnist.npz`: `train` (60000, 28, 28), `test` (10000, 28, 28), `train_labels` (60000,) and
+`test_labels` (10000,), all uint8 and in MNIST's own order.
 """
 
-import shutil
-import tempfile
+import gzip
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets.cache import Contents, load_arrays
+from datasets.download import PublishedFile, published
+from datasets.images import DynamicallyBinarizedImages, ImageSet, PackedImages, Shape
 from runtime import random as draws
-from runtime.errors import UserError
-from runtime.files import writing
-
-from .cache import Contents, load_arrays
-from .download import NETWORK_ERRORS, require_md5
-from .images import DynamicallyBinarizedImages, ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (1, 28, 28)
 BINARY = True
@@ -42,13 +38,14 @@ _BINARIZATION = {"valid": 0, "test": 1}
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
-    """One split, from ``DATA_DIR/mnist.npz``, which is made first if it is missing.
+    """One split, from `DATA_DIR/mnist.npz`.
 
-    ``train`` and ``train+valid`` draw each pixel as Bernoulli(grey / 255) at every reading;
-    ``valid`` and ``test`` were drawn so once, at a fixed seed.
+    A missing `mnist.npz` is made from the four published files, which are downloaded unless they
+    are in `data_dir`. `train` and `train+valid` draw each pixel as Bernoulli(grey / 255) at every
+    reading; `valid` and `test` are one such draw with a fixed seed.
 
     Raises:
-        UserError: the file is damaged or another, or cannot be downloaded, read or written.
+        UserError: a file has other contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "mnist.npz"
     source = "test" if split == "test" else "train"
@@ -69,34 +66,19 @@ def _rows(grey: np.ndarray, split: str) -> np.ndarray:
 
 
 def _published(path: Path) -> dict[str, np.ndarray]:
-    """The four published files, through torchvision, which checks their MD5."""
+    """The arrays of the four published files, whose URLs and MD5 torchvision lists."""
     from torchvision.datasets import MNIST
 
-    with writing(path), tempfile.TemporaryDirectory(prefix=".mnist-", dir=path.parent) as folder:
-        _take_own_files(path.parent, Path(folder, "MNIST", "raw"))
-        try:
-            train, test = (MNIST(folder, train=train, download=True) for train in (True, False))
-        except (RuntimeError, *NETWORK_ERRORS) as error:
-            reason = " ".join(str(error).split())
-            files = ", ".join(name for name, _ in MNIST.resources)
-            raise UserError(
-                f"{path} is missing and cannot be made, as a download failed ({reason}): put "
-                f"{files} into {path.parent} by hand"
-            ) from error
-        return {
-            "train": train.data.numpy(),
-            "test": test.data.numpy(),
-            "train_labels": train.targets.numpy().astype(np.uint8),
-            "test_labels": test.targets.numpy().astype(np.uint8),
-        }
-
-
-def _take_own_files(source: Path, raw: Path) -> None:
-    """Copy the published files that the user has put into the data folder to torchvision's."""
-    from torchvision.datasets import MNIST
-
-    raw.mkdir(parents=True)
-    for name, md5 in MNIST.resources:
-        if (source / name).exists():
-            require_md5(source / name, md5)
-            shutil.copyfile(source / name, raw / name)
+    sources = [
+        PublishedFile([mirror + name for mirror in MNIST.mirrors], md5)
+        for name, md5 in MNIST.resources
+    ]
+    arrays = {}
+    with published(path, sources) as files:
+        for split, prefix in (("train", "train"), ("test", "t10k")):
+            images = gzip.decompress(files[f"{prefix}-images-idx3-ubyte.gz"].read_bytes())
+            labels = gzip.decompress(files[f"{prefix}-labels-idx1-ubyte.gz"].read_bytes())
+            # The IDX format: a header of 16 or 8 bytes, then the values in C order.
+            arrays[split] = np.frombuffer(images, np.uint8, offset=16).reshape(-1, *SHAPE[1:])
+            arrays[f"{split}_labels"] = np.frombuffer(labels, np.uint8, offset=8)
+    return arrays

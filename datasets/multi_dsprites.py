@@ -1,14 +1,14 @@
 """Multi-dSprites, binary RGB: up to two coloured sprites on black, generated here.
 
-The sprites are those of L. Matthey, I. Higgins, D. Hassabis and A. Lerchner, "dSprites:
-disentanglement testing sprites dataset", 2017, drawn anew; several to an image as in R. Kabra et
-al., "Multi-object datasets", 2019. Each image has 0, 1 or 2 sprites, equally often; each is a
-square, an ellipse or a heart, in one of 6 scales, 40 orientations, 32 x 32 positions and 7 colours,
-all independent and uniform. The second sprite hides what it covers of the first.
+The sprites follow L. Matthey, I. Higgins, D. Hassabis and A. Lerchner, "dSprites: disentanglement
+testing sprites dataset", 2017; several sprites per image follow R. Kabra et al., "Multi-object
+datasets", 2019. An image has 0, 1 or 2 sprites, equally often. Each sprite is a square, an ellipse
+or a heart, in one of 6 scales, 40 orientations, 32 x 32 positions and 7 colours, all independent
+and uniform. The second sprite hides the parts of the first that it covers.
 
-Cached as ``multi_dsprites.npz``: ``train`` (50000, 1536), ``valid`` (5000, 1536) and ``test``
-(5000, 1536) uint8, `numpy.packbits` of the 3x64x64 pixels of each image. Only draws from `draws`
-and integer arithmetic go into them, so that they are the same on every machine.
+Cached as `multi_dsprites.npz`: `train` (50000, 1536), `valid` (5000, 1536) and `test`
+(5000, 1536) uint8, `numpy.packbits` of the 3x64x64 pixels of each image. They are made by keyed
+draws and integer arithmetic only, so they are the same on every machine.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from datasets.cache import Contents, load_arrays
+from datasets.images import ImageSet, PackedImages, Shape
 from runtime import random as draws
-
-from .cache import Contents, load_arrays
-from .images import ImageSet, PackedImages, Shape
 
 SHAPE: Shape = (3, 64, 64)
 BINARY = True
@@ -39,17 +38,17 @@ CONTENTS = {
 SHAPES = ("square", "ellipse", "heart")
 SCALES, ORIENTATIONS, POSITIONS, COLOURS = 6, 40, 32, 7
 _SEED = 0
-_PLACES = 2  # for sprites, in each image
-_WINDOW = 26  # a sprite's window, with the sprite's centre at its own, between four pixels
-_FIRST_CENTRE = 16  # the first of the 32 positions: all sprites are whole
+_PLACES = 2  # sprites in an image at most
+_WINDOW = 26  # pixels; a sprite's centre is its window's centre, between four pixels
+_FIRST_CENTRE = 16  # the first of the 32 positions, so that no sprite is cut off
 _CHUNK = 2000  # images drawn at a time
 
 
 class Factors(NamedTuple):
-    """What N images show: the first ``number`` (N,) of two sprites with these factors (N, 2).
+    """The factors (N, 2) of two sprites in N images, of which the first `number` (N,) are shown.
 
-    ``scale`` k is a size of (5 + k) / 10; ``orientation`` k an angle of k / 40 turns; ``row`` and
-    ``column`` are places of the centre; ``colour`` is 4 * red + 2 * green + blue. All int64.
+    `scale` k is a size of (5 + k) / 10; `orientation` k is an angle of k / 40 turns; `row` and
+    `column` are the position of the centre; `colour` is 4 * red + 2 * green + blue. All int64.
     """
 
     number: np.ndarray
@@ -62,10 +61,10 @@ class Factors(NamedTuple):
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
-    """One split, from ``DATA_DIR/multi_dsprites.npz``, which is made first if it is missing.
+    """One split, from `DATA_DIR/multi_dsprites.npz`, which is generated if it is missing.
 
     Raises:
-        UserError: the file is damaged or another, or cannot be read or written.
+        UserError: the file has other contents, or cannot be read or written.
     """
     names = split.split("+")
     arrays = load_arrays(data_dir / "multi_dsprites.npz", CONTENTS, names, _generate)
@@ -74,7 +73,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
 
 
 def draw_factors(split: str, count: int) -> Factors:
-    """The factors of the first ``count`` images of ``train``, ``valid`` or ``test``."""
+    """The factors of the first `count` images of `train`, `valid` or `test`."""
     key = list(CONTENTS).index(split)
     below = (len(SHAPES), SCALES, ORIENTATIONS, POSITIONS, POSITIONS, COLOURS)
     shape, scale, orientation, row, column, colour = (
@@ -86,9 +85,9 @@ def draw_factors(split: str, count: int) -> Factors:
 
 
 def render(factors: Factors) -> np.ndarray:
-    """The images: bool (N, 3, 64, 64)."""
+    """The images of `factors`: bool (N, 3, 64, 64)."""
     windows = _windows()[factors.shape, factors.scale, factors.orientation]  # (N, 2, 26, 26)
-    canvas = np.zeros((len(factors.number), *SHAPE[1:]), np.uint8)  # of colours
+    canvas = np.zeros((len(factors.number), *SHAPE[1:]), np.uint8)  # the colour of each pixel
     offsets = np.arange(_WINDOW) + _FIRST_CENTRE - _WINDOW // 2
     for place in range(_PLACES):
         image = np.flatnonzero(factors.number > place)
@@ -119,13 +118,13 @@ def _chunks(factors: Factors) -> Iterator[Factors]:
 
 # --- The sprites ---
 #
-# In whole numbers: lengths are in half pixels, in which pixels' centres are odd, and a sprite of
-# scale s has a point where the sprite of scale 1 has the point divided by s.
+# All arithmetic is on integers. Lengths are in half pixels, so pixel centres are odd numbers. A
+# point is in a sprite of scale s if the point divided by s is in the sprite of scale 1.
 
 _TURN_BITS = 14
 _HALF_SIDE = 18  # of the square: 18x18 pixels
-_AXES = (24, 15)  # of the ellipse, which has about the square's area, as has the heart
-_HEART_HALF_DIAGONAL = 18  # of the square in it
+_AXES = (24, 15)  # of the ellipse; all three shapes have about the same area
+_HEART_HALF_DIAGONAL = 18  # of the square in the heart
 
 
 def _windows() -> np.ndarray:
@@ -137,12 +136,13 @@ def _windows() -> np.ndarray:
 
 
 def _turned_pixels() -> tuple[np.ndarray, np.ndarray]:
-    """The pixels in the axes of each orientation: int64 (40, 26, 26) across and (40, 26, 26) up.
+    """A window's pixel centres in the axes of each orientation: two int64 (40, 26, 26).
 
-    In half pixels times 2 to the `_TURN_BITS`.
+    The first is the coordinate to the right, the second upwards, both in units of half a pixel
+    divided by 2^`_TURN_BITS`.
     """
     angles = 2 * np.pi / ORIENTATIONS * np.arange(ORIENTATIONS)[:, None, None]
-    # Rounded, the cosine is the same whatever its last bit is on a machine.
+    # Rounding makes the cosine independent of its last bit, which differs between machines.
     cosine, sine = (np.rint(f(angles) * 2**_TURN_BITS).astype(np.int64) for f in (np.cos, np.sin))
     centres = np.arange(1 - _WINDOW, _WINDOW, 2)
     x, y = centres[None, None, :], -centres[None, :, None]
@@ -159,9 +159,9 @@ def _in_ellipse(u: np.ndarray, v: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def _in_heart(u: np.ndarray, v: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """A square on its corner, and the circles that have its upper sides as diameters."""
+    """A square on its corner, and the two discs with its upper sides as diameters."""
     k = scales * _HEART_HALF_DIAGONAL << _TURN_BITS
-    v = v + k // 10  # so that the middle of the heart is the centre
-    p, q = v + u, v - u  # along the square's sides, times the square root of 2
+    v = v + k // 10  # move the heart's middle to the window's centre
+    p, q = v + u, v - u  # coordinates along the square's sides, times sqrt(2)
     square = np.maximum(abs(p), abs(q)) <= k
     return square | ((p - k) ** 2 + q**2 <= k**2) | (p**2 + (q - k) ** 2 <= k**2)

@@ -1,4 +1,4 @@
-"""Files that are either complete or unchanged after an interruption, and errors in one line."""
+"""Writing files that an interruption leaves complete or unchanged, and errors in one line."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from runtime.errors import UserError
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` to write to; removed at the end unless it has been renamed.
+    """A new file beside `path` to write to; deleted at the end unless it was renamed.
 
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
@@ -52,7 +52,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file through `write`, creating its folder; raises like `temporary_file`."""
+    """Write a file by calling `write`, and create its folder; raises `UserError` on failure."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as file:
@@ -70,7 +70,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files that killed writers left in a folder and its subfolders."""
+    """Delete the temporary files that killed processes left in a folder and its subfolders."""
     for path in folder.rglob(".*.part"):
         path.unlink(missing_ok=True)
 
@@ -86,7 +86,7 @@ def read_json(path: Path) -> Any:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """`value` as JSON, with null for numbers that are not finite."""
+    """`value` as JSON; numbers that are not finite become null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -104,22 +104,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class AppendedFile:
-    """A file that grows piece by piece: a piece that does not fit on the disk leaves no trace."""
+    """A file to append records to; a record that does not fit on the disk leaves no trace."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
         self._size = os.fstat(self._file.fileno()).st_size
 
-    def append(self, piece: bytes) -> None:
-        """Add a piece, or raise `OSError` and leave the file unchanged."""
+    def append(self, record: bytes) -> None:
+        """Append a record, or raise `OSError` and leave the file unchanged."""
         written = 0
         try:
-            while written < len(piece):  # a nearly full disk accepts a part
-                written += self._file.write(piece[written:])
+            while written < len(record):  # a nearly full disk accepts only a part
+                written += self._file.write(record[written:])
         except OSError:
             os.ftruncate(self._file.fileno(), self._size)
             raise
-        self._size += len(piece)
+        self._size += len(record)
 
     def sync(self) -> None:
         """Flush the file to disk, so that it survives a power failure."""

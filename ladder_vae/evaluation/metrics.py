@@ -1,7 +1,8 @@
-"""What a scoring found, in figures for a file, for a table and for the eye."""
+"""Summary metrics of an evaluation, as JSON and as per-image arrays."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,117 @@ from torch import Tensor
 
 from ladder_vae.evaluation.importance import Bounds
 from ladder_vae.evaluation.pareto import UNRELIABLE
-from runtime.files import write_atomically
+from runtime.errors import UserError
+from runtime.files import read_json, write_atomically
 
-# Where more of the images than this have unreliable weights, a bound is said not to be trusted.
+# The largest share of images with unreliable weights for which there is no warning.
 _TOLERATED = 0.05
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The content of a metrics.json; None stands for what is not finite or not known.
+
+    Bounds are negative bounds on the log-likelihood in nats: lower is better. Mappings are by
+    "elbo" or the number of samples.
+    """
+
+    elbo: float | None
+    iw: dict[str, float | None]
+    standard_error: dict[str, float | None]
+    bits_per_dim: dict[str, float | None]
+    kl_per_layer: list[float | None]  # bottom to top
+    n_images: int
+    dataset: str
+    split: str
+    limit: int | None  # None for the whole split, 0 if the file does not say
+    step: int
+    weights: str
+    seed: int | None
+    layers: int | None
+    parameters: int | None
+    minutes: float | None  # of training
+    training_seed: int | None
+    effective_samples: dict[str, float | None]
+    pareto_k: dict[str, float | None]
+    warning: str | None
+    trained: dict[str, Any]  # provenance of the training
+    provenance: dict[str, Any]  # and of the evaluation
+
+    @classmethod
+    def from_dict(cls, content: Any) -> "Metrics":
+        """From the content of a metrics.json; raises some error if it is not that."""
+
+        def numbers(name: str) -> dict[str, float | None]:
+            return {key: _float(value) for key, value in (content.get(name) or {}).items()}
+
+        return cls(
+            elbo=_float(content["elbo"]),
+            iw={str(int(k)): _float(bound) for k, bound in content["iw"].items()},
+            standard_error=numbers("standard_error"),
+            bits_per_dim=numbers("bits_per_dim"),
+            kl_per_layer=[_float(kl) for kl in content["kl_per_layer"]],
+            n_images=int(content["n_images"]),
+            dataset=str(content["dataset"]),
+            split=str(content["split"]),
+            limit=_int(content.get("limit", 0)),
+            step=int(content["step"]),
+            weights=str(content.get("weights") or ""),
+            seed=_int(content.get("seed")),
+            layers=_int(content.get("layers")),
+            parameters=_int(content.get("parameters")),
+            minutes=_float(content.get("minutes")),
+            training_seed=_int(content.get("training_seed")),
+            effective_samples=numbers("effective_samples"),
+            pareto_k=numbers("pareto_k"),
+            warning=content.get("warning") and str(content["warning"]),
+            trained=dict(content.get("trained") or {}),
+            provenance=dict(content.get("provenance") or {}),
+        )
+
+    @classmethod
+    def read(cls, file: Path) -> "Metrics":
+        """From a metrics.json; raises `UserError` if it is damaged or something else."""
+        content = read_json(file)
+        try:
+            return cls.from_dict(content)
+        except Exception as error:  # of many kinds, depending on what the file holds
+            raise UserError(
+                f"{file} is damaged or does not hold the metrics of an evaluation ({error!r}); "
+                "evaluate the run again"
+            ) from None
+
+    def bound(self, key: str) -> float | None:
+        """The negative bound in nats of "elbo" or of a number of samples, if it is known."""
+        return self.elbo if key == "elbo" else self.iw.get(key)
+
+    @property
+    def kl(self) -> float | None:
+        """The KL of all layers in nats."""
+        known = [kl for kl in self.kl_per_layer if kl is not None]
+        return sum(known) if known and len(known) == len(self.kl_per_layer) else None
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
 def curve_samples(samples: Sequence[int]) -> list[int]:
-    """The K at which the bound is drawn: `samples` and all powers of two below the last."""
+    """The K at which the bound is computed for its curve: `samples` and the powers of two below."""
     powers = {2**i for i in range(samples[-1].bit_length()) if 2**i < samples[-1]}
     return sorted(powers | set(samples))
 
 
 def metrics(bounds: Bounds, samples: Sequence[int], image_shape: Sequence[int]) -> dict[str, Any]:
-    """Negative bounds, positive as in the literature's tables, in nats; with their standard errors.
+    """Summary metrics over the images, for metrics.json: negative bounds in nats, and more.
 
-    `elbo` is the mean over all samples; `iw`, by number of samples, the importance-weighted bound;
-    `curve` the same at every K that was computed. `effective_samples` and `pareto_k` are of the
-    importance weights of all samples, over the images.
+    `elbo` is the mean over all samples, `iw` the importance-weighted bound by number of samples,
+    and `curve` the same at every K that was computed. `effective_samples` and `pareto_k` summarise
+    the importance weights of all samples.
     """
     per_image = {"elbo": -bounds.elbo}
     per_image |= {str(k): -bounds.importance_weighted[k] for k in samples}
@@ -58,7 +152,7 @@ def metrics(bounds: Bounds, samples: Sequence[int], image_shape: Sequence[int]) 
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Of the mean of `values` (N,); None for a single one."""
+    """The standard error of the mean of `values` (N,); None for a single value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
@@ -70,15 +164,15 @@ def _pareto(k_hat: Tensor) -> dict[str, float] | None:
 
 
 def warning(bounds: Bounds, samples: int) -> str | None:
-    """A sentence where the bound is no estimate of the log-likelihood.
+    """A sentence that says why the bound does not approximate the log-likelihood.
 
-    None where it may be one, or where the samples are too few to tell.
+    None if it may, or if there are too few samples to say.
     """
     bound = bounds.importance_weighted[samples]
     if infinite := int((~bound.isfinite()).sum()):
         return (
             f"the bound with {samples:,} samples is not finite for {infinite:,} of {len(bound):,} "
-            "images: the model's weights may have diverged, use an earlier checkpoint"
+            "images: the training may have diverged, so use an earlier checkpoint"
         )
     if bounds.pareto_k.isnan().all():
         return None
@@ -86,46 +180,18 @@ def warning(bounds: Bounds, samples: int) -> str | None:
     if share <= _TOLERATED:
         return None
     return (
-        f"the bound with {samples:,} samples is a lower bound, but not to be trusted as the "
-        f"log-likelihood itself: for {share:.0%} of the images a few samples carry most of the "
-        f"weight (Pareto k-hat above {UNRELIABLE}), and more samples would raise it"
+        f"the bound with {samples:,} samples does not approximate the log-likelihood: for "
+        f"{share:.0%} of the images a few samples dominate the importance weights (Pareto k-hat "
+        f"above {UNRELIABLE}), and more samples would give a tighter bound"
     )
 
 
-def table(results: dict[str, Any]) -> str:
-    """The figures of `metrics`, for reading."""
-    names = {"elbo": "ELBO"}
-    names |= {k: f"{int(k):,} importance sample{'s' * (k != '1')}" for k in results["iw"]}
-    values = {"elbo": results["elbo"]} | results["iw"]
-    lines = [f"{'negative bound':<26}{'nats':>10}{'std. error':>12}{'bits/dim':>10}"]
-    for key, name in names.items():
-        error = results["standard_error"][key]
-        shown = f"{error:.2f}" if error is not None else "-"
-        lines.append(
-            f"{name:<26}{values[key]:>10.2f}{shown:>12}{results['bits_per_dim'][key]:>10.3f}"
-        )
-    kl = "  ".join(f"{value:.2f}" for value in results["kl_per_layer"])
-    lines.append(f"KL by layer, bottom to top: {kl} nats")
-    lines.append(_weights(results))
-    return "\n".join(lines)
-
-
-def _weights(results: dict[str, Any]) -> str:
-    """What the importance weights are like, on a line."""
-    most = results["curve"]["samples"][-1]
-    line = f"effective samples: {results['effective_samples']['median']:.1f} of {most:,} (median)"
-    if results["pareto_k"] is not None:
-        share = results["pareto_k"][f"share_above_{UNRELIABLE}"]
-        line += f"; Pareto k-hat above {UNRELIABLE} for {share:.1%} of the images"
-    return line
-
-
 def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
-    """Write per_image.npz: bounds in nats (not negated), by image.
+    """Write per_image.npz: the bounds of each image in nats, not negated.
 
     `image` (N,) is the number in the split; `elbo`, `log_likelihood`, `effective_samples` and
-    `pareto_k` (nan for too few samples) are (N,); `bound` is (N, len(samples)), one column for each
-    of `samples`; `kl` is (N, L), bottom to top.
+    `pareto_k` (nan for too few samples) are (N,); `bound` is (N, len(samples)), with a column for
+    each number in `samples`; `kl` is (N, L), bottom to top.
     """
     arrays: dict[str, Any] = {
         "image": index.numpy(),
@@ -141,5 +207,5 @@ def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
 
 
 def bits_per_dim(nats: float, image_shape: Sequence[int]) -> float:
-    """A log-likelihood of an image in bits per dimension: pixels times channels."""
+    """An image's log-likelihood in bits per dimension; dimensions are pixels times channels."""
     return nats / (math.prod(image_shape) * math.log(2))

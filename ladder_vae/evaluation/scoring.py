@@ -168,7 +168,7 @@ def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
 
 
 class _RunningBound:
-    """The negative bound at the largest K, averaged over the images so far, for the progress bar."""
+    """The mean negative bound at the largest K, of the images so far, for the progress bar."""
 
     def __init__(self, sampler: ImportanceSampler, tables: Mapping[int, Tensor]) -> None:
         self.samples = sampler.samples

@@ -1,7 +1,7 @@
 """The convolutional blocks of the ladder.
 
-Feature maps are (N, C, h, w) with the same C everywhere; every convolution is zero-padded to keep
-its input's size (or to halve or double it) and has a bias.
+Feature maps are (N, C, h, w) with the same C everywhere. Every convolution has a bias and is
+zero-padded so that it keeps, halves or doubles the size of its input.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +25,10 @@ MERGE_TYPES = ("linear", "residual")
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """What all residual blocks of a ladder have in common.
+    """The settings that all residual blocks of a ladder share.
 
-    `residual_type` spells a block's layers in order: a = activation, b = batch norm,
-    c = 3x3 convolution, d = channel dropout; without batch norm or dropout its letter is left out.
+    `residual_type` lists a block's layers in order: a = activation, b = batch norm,
+    c = 3x3 convolution, d = channel dropout. Without batch norm or dropout its letter is skipped.
     """
 
     channels: int
@@ -40,7 +40,7 @@ class BlockStyle:
 
 
 class Gate(nn.Module):
-    """Gated linear unit with an activation, activation(u) * sigmoid(g), (u, g) by 1x1 conv."""
+    """activation(u) * sigmoid(g), with u and g from a 1x1 convolution of x; (N, C, h, w)."""
 
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
@@ -53,7 +53,10 @@ class Gate(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + f(x), where f is spelled by `style.residual_type` and may end in a gate."""
+    """x + f(x), with the layers of f from `style.residual_type` and an optional gate at the end.
+
+    `gated` overrides `style.gated`. Input and output are (N, C, h, w).
+    """
 
     def __init__(self, style: BlockStyle, *, gated: bool | None = None) -> None:
         super().__init__()
@@ -76,7 +79,10 @@ class ResidualBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Merge two feature maps into one: a 1x1 convolution of both, `residual` adds a gated block."""
+    """Merges two feature maps (N, C, h, w) into one by a 1x1 convolution of both.
+
+    `merge_type` "residual" adds a gated residual block.
+    """
 
     def __init__(self, merge_type: str, style: BlockStyle) -> None:
         super().__init__()
@@ -95,7 +101,10 @@ def residual_blocks(
     resampled: int = 0,
     direction: Literal["down", "up"] | None = None,
 ) -> nn.Sequential:
-    """`count` residual blocks, the first `resampled` of which halve or double the size first."""
+    """`count` residual blocks, with a layer before each of the first `resampled` blocks.
+
+    These layers halve (`direction` "down") or double ("up") height and width.
+    """
     layers: list[nn.Module] = []
     for i in range(count):
         if i < resampled:
@@ -111,17 +120,16 @@ def _resample(channels: int, direction: Literal["down", "up"] | None) -> nn.Modu
 
 
 class ParameterConv(nn.Conv2d):
-    """A 3x3 convolution to the parameters of a distribution, always in single precision at least.
+    """A 3x3 convolution to the parameters of a distribution, in single precision under autocast.
 
-    Whatever precision the networks run in: in bfloat16 the KL, a small difference of large numbers,
-    comes out wrong.
+    The KL is a small difference of large numbers; with parameters in bfloat16 it is wrong.
     """
 
     def __init__(self, channels: int, parameter_channels: int) -> None:
         super().__init__(channels, parameter_channels, 3, padding=1)
 
     def forward(self, h: Tensor) -> Tensor:
-        """From h (N, C, H, W) to parameters (N, `parameter_channels`, H, W)."""
+        """From h (N, C, h, w) to parameters (N, `parameter_channels`, h, w)."""
         if not is_autocast_available(h.device.type):
             return super().forward(h)
         with torch.autocast(h.device.type, enabled=False):
@@ -141,11 +149,10 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     dh, dw = x.shape[-2] - size[0], x.shape[-1] - size[1]
     if dh == 0 and dw == 0:
         return x
-    # Not by slices, whose gradient would come in another memory layout than x, and leave all before
-    # it with a mixture of the two.
+    # A slice would give gradients another memory layout than x, and mix layouts in all of backward.
     return F.pad(x, (-(dw // 2), dw // 2 - dw, -(dh // 2), dh // 2 - dh))
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Number of parameters, those of a fixed top prior included, as the reference counts them."""
+    """Number of parameters, counted like the original implementation: a fixed top prior's too."""
     return sum(p.numel() for m in modules for p in m.parameters())

@@ -1,4 +1,4 @@
-"""The architecture of a ladder, and the sizes that follow from it."""
+"""The architecture of a ladder, and the sizes that it implies."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from ladder_vae.networks.likelihoods import LIKELIHOODS
 # A check returns whether a value is valid, and describes the valid ones.
 Check = tuple[Callable[[Any], bool], str]
 
-# Larger networks fit into no memory.
+# Larger networks do not fit into any memory.
 CHANNELS: Check = (lambda value: 1 <= value <= 4096, "at least 1 and at most 4096")
 BLOCKS: Check = (lambda value: 1 <= value <= 64, "at least 1 and at most 64")
 NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "finite and not negative")
@@ -48,9 +48,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if choices and value not in choices:
         raise ValueError(f"`{field.name}` is {value!r}; it must be one of {', '.join(choices)}")
     for item in value if isinstance(value, list) else [value]:
-        # No tensor or float holds a larger one.
+        # Neither tensors nor floats can hold larger integers.
         if type(item) is int and abs(item) >= 2**63:
-            raise ValueError(f"`{field.name}` is larger than 2**63; it must be below")
+            raise ValueError(f"`{field.name}` is too large; it must be below 2**63")
         if check is not None and not check[0](item):
             raise ValueError(f"`{field.name}` is {item}; it must be {check[1]}")
 
@@ -72,9 +72,10 @@ def _type_name(expected: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LadderConfig:
-    """The architecture of a ladder. Lists run from the bottom layer to the top one.
+    """The architecture of a ladder. Lists are ordered from the bottom layer to the top.
 
-    The defaults are those of the original implementation. Raises `ValueError` for invalid values.
+    The defaults are those of the original implementation. Raises `ValueError` for invalid values,
+    with the field's name in backticks.
     """
 
     z_dims: list[int] = setting(
@@ -96,7 +97,7 @@ class LadderConfig:
         "residual", "merge of bottom-up and top-down features", choices=MERGE_TYPES
     )
     gated: bool = setting(False, "gated residual blocks")
-    skip: bool = setting(False, "skip connections from all layers above in the generative model")
+    skip: bool = setting(False, "skip connections from the layers above in the generative model")
     batchnorm: bool = setting(True, "batch normalisation")
     dropout: float = setting(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = setting(False, "learn the prior of the top layer")
@@ -105,7 +106,7 @@ class LadderConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        # Copies: the caller may change its lists later.
+        # Copy the lists, which the caller may change later.
         object.__setattr__(self, "z_dims", list(self.z_dims))
         object.__setattr__(self, "downsample", list(self.downsample))
         if len(self.z_dims) != len(self.downsample):
@@ -121,16 +122,16 @@ class LadderConfig:
         if self.downscaling > 1024:
             raise ValueError(
                 f"`downsample` asks for {sum(self.downsample)} halvings in all; it must be at "
-                f"most {10 - self.initial_downscaling}, and no image has room for more"
+                f"most {10 - self.initial_downscaling}"
             )
 
     @property
     def downscaling(self) -> int:
-        """The factor between the padded image and the top feature map."""
+        """The ratio of the padded image's size to the top feature map's."""
         return 2 ** (sum(self.downsample) + self.initial_downscaling)
 
     def padded_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of the padded image: multiples of `downscaling`."""
+        """Height and width of the padded image, the next multiples of `downscaling`."""
         height, width = (math.ceil(s / self.downscaling) * self.downscaling for s in image_size)
         return height, width
 

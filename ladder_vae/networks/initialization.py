@@ -1,4 +1,8 @@
-"""Data-dependent initialisation of the convolutions."""
+"""Data-dependent initialisation of the convolutions.
+
+Salimans and Kingma (2016), "Weight Normalization: A Simple Reparameterization to Accelerate
+Training of Deep Neural Networks", section 3, here for plain convolutions.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +13,15 @@ from torch import Tensor, nn
 
 @contextmanager
 def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]:
-    """Initialise every convolution of `modules` from the data that runs through it inside.
+    """A context that initialises every convolution of `modules` from the batch that runs in it.
 
-    On entering, convolution weights are drawn Kaiming-normal and biases set to zero. Then each
-    convolution, at the moment it runs, is rescaled and shifted per output channel so that its
-    output on this batch has mean 0 and standard deviation `std`; what follows it sees the new
-    output. Run one batch inside, in training mode.
+    On entry, weights are drawn Kaiming-normal and biases are set to zero. When a convolution runs,
+    it is rescaled and shifted per output channel,
+
+        w <- w std / s,  b <- (b - m) std / s,  with m and s^2 the batch's mean and variance + 1e-5,
+
+    so that its output has mean 0 and standard deviation `std`; later layers receive this output.
+    Run exactly one batch in the context, in training mode. No gradients are recorded.
     """
     convolutions = [
         m
@@ -31,8 +38,7 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
         assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
         mean = y.mean((0, 2, 3))
         scale = std / (y.var((0, 2, 3), correction=0) + 1e-5).sqrt()
-        # The output channel is the first dimension of a convolution's weight, but the second of
-        # a transposed one's.
+        # A convolution's weight has the output channel first, a transposed convolution's second.
         shape = (-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)
         conv.weight.mul_(scale.view(shape))
         if conv.bias is not None:

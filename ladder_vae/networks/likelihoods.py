@@ -1,18 +1,19 @@
-"""Likelihood heads: from the last feature map to the distribution of the image given z."""
+"""Likelihood heads, from the last feature map (N, C, H, W) to p(x | z).
+
+Each returns a distribution with batch shape (N,) and event shape (image channels, H, W), over
+images in [0, 1]; log-probabilities are in nats per image.
+"""
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from ladder_vae.networks.blocks import ParameterConv
-from ladder_vae.networks.discretized_logistic import (
-    MIN_LOG_SCALE,
-    DiscretizedLogistic,
-    DiscretizedLogisticMixture,
-)
+from ladder_vae.networks.discretized_logistic import MIN_LOG_SCALE, DiscretizedLogistic
+from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
 
 class _Head(nn.Module):
-    """One 3x3 convolution to the parameters of p(x | z)."""
+    """A 3x3 convolution to the parameters of p(x | z)."""
 
     def __init__(self, channels: int, parameter_channels: int) -> None:
         super().__init__()
@@ -20,60 +21,56 @@ class _Head(nn.Module):
 
 
 class Bernoulli(_Head):
-    """Independent Bernoulli pixels; one logit per pixel and channel."""
+    """Independent Bernoulli pixels, with one logit per pixel and channel."""
 
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
         return dist.Bernoulli(logits=self.conv(h)).to_event(3)
 
 
 class Gaussian(_Head):
-    """Independent Normal pixels; mean and log-variance per pixel and channel.
+    """Independent Normal pixels, with mean and log-variance per pixel and channel.
 
-    A density: bounds on it are no bounds on the likelihood of 8-bit images.
+    This is a density: a bound on it is not a bound on the likelihood of 8-bit images.
     """
 
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
         mean, log_variance = self.conv(h).chunk(2, dim=1)
         return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 
 
 class DiscretizedLogisticHead(_Head):
-    """Independent 8-bit pixels; location and log-scale of a discretized logistic for each channel.
+    """Independent 8-bit pixels, discretized logistic with location and log-scale per channel.
 
-    The network's zero is grey (0.5) with a log-scale of -1.
+    Convolution outputs u, v give location 0.5 + u and log-scale max(v - 1, -7): zeros mean grey.
     """
 
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape of one image."""
         loc, log_scale = self.conv(h).chunk(2, dim=1)
         log_scale = (log_scale - 1).clamp(min=MIN_LOG_SCALE)
         return DiscretizedLogistic(loc + 0.5, log_scale).to_event(3)
 
 
 class DiscretizedLogisticMixtureHead(_Head):
-    """8-bit RGB pixels; 10 components of PixelCNN++'s mixture of discretized logistics."""
+    """8-bit RGB pixels, PixelCNN++'s mixture of 10 discretized logistics."""
 
     def __init__(self, channels: int, image_channels: int) -> None:
         if image_channels != 3:
             raise ValueError(
-                "`likelihood` discr_log_mix is for images of 3 channels, red, green and blue; "
-                f"for {image_channels} there is discr_log"
+                "`likelihood` discr_log_mix needs images of 3 channels (red, green and blue); "
+                f"for {image_channels} use discr_log"
             )
         super().__init__(channels, 10 * 10)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """From h (N, C, H, W) to p(x | z) with batch shape (N,), event shape (3, H, W)."""
         return DiscretizedLogisticMixture.from_channels(self.conv(h))
 
 

@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl: what is in it, and its learning curves."""
+"""The learning curves of a run's metrics.jsonl, as transparent SVG charts."""
 
 import io
 import itertools
@@ -6,16 +6,17 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ladder_vae.reports.charts import COLOURS, INK, new_chart
 from ladder_vae.runs.metrics_log import Entry, held_out_split
 
-# Curves longer than this are drawn through the means of as many stretches.
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Longer curves are averaged over as many intervals as this.
 _POINTS = 300
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-# A grey that can be read on white and on black.
-_INK = "#7d828a"
-_COLOURS = ["#3f83cc", "#d9812b", "#4c9f62"]
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class Curve:
 
     @classmethod
     def of(cls, entries: Sequence[Entry], tag: str, label: str) -> "Curve":
-        """The scalar `tag`, with few enough points to be drawn."""
+        """The scalar `tag`, averaged over intervals if there are many entries."""
         points = [(entry["step"], entry[tag]) for entry in entries if tag in entry]
         size = math.ceil(len(points) / _POINTS)
-        stretches = [points[i : i + size] for i in range(0, len(points), size or 1)]
-        means = [[sum(axis) / len(part) for axis in zip(*part, strict=True)] for part in stretches]
+        intervals = [points[i : i + size] for i in range(0, len(points), size or 1)]
+        means = [[sum(axis) / len(part) for axis in zip(*part, strict=True)] for part in intervals]
         return cls(label, [step for step, _ in means], [value for _, value in means])
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing as SVG."""
+    """A chart as SVG."""
 
     title: str
     caption: str
@@ -52,11 +53,11 @@ def learning_curves(entries: Sequence[Entry]) -> list[Chart]:
     norm = Curve.of(entries, "train/gradient_norm", "")
     if len(norm.steps) > 1:
         log = min(norm.values) > 0
-        caption = "Global norm before clipping, mean between log entries."
+        caption = "Global norm before clipping, averaged between log entries."
         charts.append(Chart("Gradient norm", caption, _drawn([norm], "norm", log=log)))
     rate = Curve.of(entries, "train/images_per_second", "")
     if len(rate.steps) > 1:
-        caption = "Images per second of training, without evaluations."
+        caption = "Training images per second, not counting the time of evaluations."
         charts.append(Chart("Speed", caption, _drawn([rate], "images/s", from_zero=True)))
     return [chart for chart in charts if chart is not None]
 
@@ -73,12 +74,12 @@ def _elbo_chart(entries: Sequence[Entry], split: str | None) -> Chart | None:
     curves = [curve for curve in curves if len(curve.steps) > 0]
     if not any(len(curve.steps) > 1 for curve in curves):
         return None
-    caption = "Nats per image, lower is better. Held-out images are scored in evaluation mode."
+    caption = "Nats per image, lower is better. Held-out images are evaluated without dropout."
     return Chart("Negative ELBO", caption, _drawn(curves, "nats", zoomed=True))
 
 
 def _kl_chart(entries: Sequence[Entry], split: str | None) -> Chart | None:
-    """KL by layer of the held-out images once they have been scored twice, before of training."""
+    """KL by layer, of the held-out images if they were evaluated twice, else of training."""
     chosen: list[Curve] = []
     source = ""
     for group, name in (("train_kl", "training images"), (f"{split}_kl", f"{split} images")):
@@ -92,7 +93,7 @@ def _kl_chart(entries: Sequence[Entry], split: str | None) -> Chart | None:
 
 
 def _layer_curves(entries: Sequence[Entry], group: str) -> list[Curve]:
-    """The curves of a scalar of every layer, bottom to top."""
+    """The curves of a scalar that each layer has, bottom to top."""
     tags = {tag for entry in entries for tag in entry}
     matches = (re.fullmatch(rf"{re.escape(group)}/layer_([0-9]{{1,9}})", tag) for tag in tags)
     layers = {int(match[1]): match[0] for match in matches if match}
@@ -108,12 +109,12 @@ def _drawn(
     zoomed: bool = False,
     layers: bool = False,
 ) -> bytes:
-    """An SVG of curves over steps; `layers` are coloured in their order, bottom to top."""
-    from matplotlib.figure import Figure  # takes a second to import
+    """An SVG of curves over steps; the colours of `layers` are in order, bottom to top."""
+    from matplotlib.ticker import EngFormatter  # takes a second to import
 
-    drawing = Figure(figsize=(5.2, 3.1), layout="constrained")
-    axes = _axes(drawing, unit)
-    colours = _shades(len(curves)) if layers else _COLOURS
+    figure, axes = new_chart("", "step", unit, width=5.2, height=3.1)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    colours = _shades(len(curves)) if layers else COLOURS
     for curve, colour in zip(curves, itertools.cycle(colours), strict=False):
         marker = "o" if len(curve.steps) < 20 else ""
         axes.plot(curve.steps, curve.values, marker=marker, ms=3.5, lw=1.6, color=colour)
@@ -124,53 +125,37 @@ def _drawn(
     if zoomed:
         axes.set_ylim(_without_the_beginning(curves))
     if len(curves) > 1:
-        _add_legend(drawing, [curve.label for curve in curves], layers=layers)
-    return _svg(drawing)
+        _add_legend(figure, [curve.label for curve in curves], layers=layers)
+    return _svg(figure)
 
 
-def _axes(drawing: Any, unit: str) -> Any:
-    """Axes over the steps."""
-    from matplotlib.ticker import EngFormatter
-
-    axes = drawing.subplots()
-    axes.set_xlabel("step", color=_INK)
-    axes.set_ylabel(unit, color=_INK)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.tick_params(which="both", colors=_INK)
-    axes.grid(color=_INK, alpha=0.25, linewidth=0.6)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK)
-    return axes
-
-
-def _add_legend(drawing: Any, labels: Sequence[str], *, layers: bool) -> None:
-    """What the curves are: the layers beside them, the top one at the top; others above them."""
-    lines = drawing.axes[0].lines
-    plain = {"frameon": False, "labelcolor": _INK, "fontsize": "small"}
+def _add_legend(figure: "Figure", labels: Sequence[str], *, layers: bool) -> None:
+    """A legend beside the curves of layers, the top one first; above other curves."""
+    lines = figure.axes[0].lines
+    plain: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": "small"}
     if not layers:
-        drawing.legend(lines, labels, loc="outside upper left", ncols=3, **plain)
+        figure.legend(lines, labels, loc="outside upper left", ncols=3, **plain)
         return
     columns = math.ceil(len(labels) / 10)
-    legend = drawing.legend(
+    legend = figure.legend(
         lines[::-1], labels[::-1], loc="outside right center", title="layer", ncols=columns, **plain
     )
-    legend.get_title().set_color(_INK)
+    legend.get_title().set_color(INK)
 
 
-def _svg(drawing: Any) -> bytes:
-    """The drawing, transparent; the same bytes each time."""
+def _svg(figure: "Figure") -> bytes:
+    """The chart on a transparent ground; the same bytes each time."""
     import matplotlib
 
     content = io.BytesIO()
-    # Letters stay letters: smaller than their outlines, and sharp.
+    # Text stays text, which is smaller and sharper than outlines.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning curves"}):
-        drawing.savefig(content, format="svg", transparent=True, metadata=_NO_METADATA)
+        figure.savefig(content, format="svg", transparent=True, metadata=_NO_METADATA)
     return content.getvalue()
 
 
 def _shades(count: int) -> list[Any]:
-    """Colours in order, without those that vanish on white or on black."""
+    """Ordered colours, without those that are hard to see on white or black."""
     import matplotlib
 
     return [
@@ -179,7 +164,7 @@ def _shades(count: int) -> list[Any]:
 
 
 def _without_the_beginning(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits of the axis for what comes after the first tenth of the steps, which is far above."""
+    """Limits of the axis that skip the first tenth of the steps, where values are far larger."""
     end = max(curve.steps[-1] for curve in curves)
     later = [
         value

@@ -1,8 +1,8 @@
-"""The pictures of an evaluation: samples, reconstructions, and what each layer knows."""
+"""The pictures of an evaluation: what a ladder generates, and what each layer contributes."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,114 @@ from ladder_vae.reports.image_grids import (
 from runtime.random import torch_seed
 
 _SAMPLES, _RECONSTRUCTIONS, _GRID, _STEPS, _KL_IMAGES = 64, 32, 8, 10, 1000
-# The overview of a deep ladder has one row a layer, that of a shallow one several.
+# The rows of layers.png in all: a deep ladder has one row per layer, a shallow one several.
 _ROWS_OF_OVERVIEW = 16
+
+
+# --- What there is to see ---
+
+
+class Picture(NamedTuple):
+    """A picture in an evaluation's folder, and its text in a report."""
+
+    file: str
+    title: str
+    caption: str
+    folded: bool = False  # shown on demand
+    chart: bool = False  # a chart on white, not a grid of small images
+
+
+def ladder_pictures(layers: int) -> list[Picture]:
+    """The pictures of a ladder with so many layers, in the order of a report."""
+    single_layers = [
+        Picture(
+            f"layer_{layer:02d}.png",
+            f"Layer {layer_name(layer, layers, 'of')}",
+            "The images of a row share the latents above this layer and differ in its sample.",
+            folded=True,
+        )
+        for layer in range(layers, 0, -1)
+    ]
+    return [*_GRIDS[:3], *single_layers, *_GRIDS[3:], *_CHARTS]
+
+
+_GRIDS = [
+    Picture(
+        "samples.png",
+        "Samples",
+        "Each image is the mean of p(x | z) for latents z drawn from the prior, layer by layer "
+        "from the top. Good samples look like the data and are as diverse.",
+    ),
+    Picture(
+        "reconstructions.png",
+        "Reconstructions",
+        "Rows of images, each with its reconstructions below: the means of p(x | z) for one draw "
+        "of z from q(z | x).",
+    ),
+    Picture(
+        "layers.png",
+        "The role of each layer",
+        "The images of a row share the latents above the named layer and differ in that layer's "
+        "sample; the layers below are at the mode of their prior. If the images of a row hardly "
+        "vary, the layer encodes details; if they vary a lot, it encodes the overall content.",
+    ),
+    Picture(
+        "interpolation.png",
+        "Interpolation",
+        "From one image to another. Each row interpolates the latents from the top layer down to "
+        "the named one. The upper rows show the overall content change; the last row ends in the "
+        "reconstructions.",
+    ),
+]
+_CHARTS = [
+    Picture(
+        "kl.png",
+        "KL by layer",
+        "The information that each layer holds about an image: the KL between its posterior and "
+        "prior in nats, averaged over the images. A layer with a KL near 0 is not used.",
+        chart=True,
+    ),
+    Picture(
+        "kl_maps.png",
+        "KL by position",
+        "The same KL at each position of the layer's feature map, summed over channels.",
+        chart=True,
+    ),
+    Picture(
+        "bound.png",
+        "Bound by number of samples",
+        "The negative bound in nats with its standard error. If the curve is flat at the end, the "
+        "bound is close to the log-likelihood; if it still falls, more samples would tighten it.",
+        chart=True,
+    ),
+    Picture(
+        "pareto_k.png",
+        "Pareto k-hat of the importance weights",
+        "One value for each image; above 0.7, a few samples dominate the weights.",
+        chart=True,
+    ),
+    Picture(
+        "inpainting.png",
+        "Completions",
+        "Images with a missing part, and the ladder's completions of it.",
+    ),
+    Picture(
+        "roc.png",
+        "Out-of-distribution images",
+        "How well the scores separate other images from those of the data set: the further a "
+        "curve is above the diagonal, the better.",
+        chart=True,
+    ),
+]
+
+
+def layer_name(layer: int, layers: int, of: str = "") -> str:
+    """A layer's number, with its place if it is at the top or bottom; `of` adds how many."""
+    place = " (top)" if layer == layers else " (bottom)" if layer == 1 else ""
+    return f"{layer} {of} {layers}{place}" if of else f"{layer}{place}"
+
+
+# --- Drawing ---
 
 
 def draw_album(
@@ -48,18 +154,18 @@ def draw_album(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Write samples.png, reconstructions.png, layers.png, layer_01.png ..., interpolation.png and
+    """Draw samples.png, reconstructions.png, layers.png, layer_01.png ..., interpolation.png and
     kl_maps.png into `folder`.
 
-    `temperature` is that of the samples; the images shown and all draws depend on `seed`. Put model
-    and guide in evaluation mode first. Raises `UserError` where a file cannot be written.
+    `temperature` applies to the samples. The choice of images and all noise depend on `seed`. Put
+    model and guide in evaluation mode first. Raises `UserError` if a file cannot be written.
     """
-    # Each picture has noise of its own, so that it stays the same whatever the others show.
+    # Each picture seeds its own noise, so it does not depend on the pictures before it.
     torch.manual_seed(torch_seed(seed, 0))
-    warmth = temperature if isinstance(temperature, Sequence) else [temperature]
+    temperatures = temperature if isinstance(temperature, Sequence) else [temperature]
     title = "Samples from the prior"
-    if any(t != 1 for t in warmth):
-        title += f", temperature {' '.join(f'{t:g}' for t in warmth)}"
+    if any(t != 1 for t in temperatures):
+        title += f", temperature {' '.join(f'{t:g}' for t in temperatures)}"
     samples = prior_samples(model, _SAMPLES, temperature)
     draw_samples(folder / "samples.png", samples, title=title)
 
@@ -94,10 +200,9 @@ def _draw_layers(folder: Path, model: Model, config: LadderConfig, images: Image
 
 
 def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
-    """Write kl.png, bound.png and, where the samples are enough for it, pareto_k.png.
+    """Draw kl.png, bound.png and, if there are enough samples, pareto_k.png into `folder`.
 
-    `results` are those of `metrics.metrics`, made of `bounds`. A pareto_k.png of earlier ones goes
-    where there is none of these.
+    `results` are the metrics of `bounds`. Removes an earlier pareto_k.png if there is no new one.
     """
     draw_kl_by_layer(folder / "kl.png", results["kl_per_layer"])
     curve = results["curve"]
@@ -110,13 +215,13 @@ def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
 
 
 def draw_completions(path: Path, x: Tensor, missing: Tensor, found: Completions) -> None:
-    """Write one row for each image x (N, C, H, W): it, what is known of it, its completions."""
+    """Draw a row for each image x (N, C, H, W): the image, its known part and its completions."""
     known = torch.where(missing, torch.full_like(x, 0.5), x)
     columns = [x.unsqueeze(1), known.unsqueeze(1), found.images, found.mean.unsqueeze(1)]
     images = torch.cat([column.cpu() for column in columns], 1)
     caption = (
-        f"From the left: the image, what is known of it, {found.images.shape[1]} completions "
-        "drawn from p(x_mis | x_obs), and their mean."
+        f"From the left: the image, its known part, {found.images.shape[1]} completions drawn from "
+        "p(x_mis | x_obs), and their mean."
     )
     block = Block([], images.flatten(0, 1), images.shape[1])
     draw_page(path, "Completions", caption, [block])

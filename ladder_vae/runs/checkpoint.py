@@ -53,8 +53,8 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     content = load_tensors(io.BytesIO(archive), path, device)
     if content["format"] != FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of another version of this project (format "
-            f"{content['format']}; this version reads format {FORMAT})"
+            f"{path} was written by another version of this project (format {content['format']}; "
+            f"this version reads format {FORMAT})"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""The options of a run on the command line."""
+"""The options of a run as command-line flags."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from runtime.errors import UserError
 
-# The original implementation's names of options that are called differently in Python.
+# Flags of the original implementation that differ from the option's name.
 _FLAGS = {
     "dataset": ("-d", "--dataset"),
     "z_dims": ("--zdims",),
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dataclasses.Field[Any]] = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UserError`s: one line, without the usage."""
+    """An argument parser that raises `UserError`: one line, without the usage."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
@@ -54,7 +54,7 @@ def _flags(name: str) -> tuple[str, ...]:
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turn a `ValueError` about options into a `UserError` that names their flags."""
+    """Turn a `ValueError` into a `UserError`, and option names in backticks into flags."""
     try:
         yield
     except ValueError as error:
@@ -63,17 +63,17 @@ def as_user_errors() -> Iterator[None]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset` and all options of `RunConfig`; the result holds only those given."""
+    """Add `--preset` and all options of `RunConfig`; only given ones end up in the namespace."""
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="a named setting; options given as well override it",
+        help="a named configuration; other options override it",
     )
     add_run_options(parser)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options of `RunConfig`, in groups; the result holds only those given."""
+    """Add all options of `RunConfig`, in groups; only given ones end up in the namespace."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in OPTIONS.items():
         title = field.metadata["group"]
@@ -105,17 +105,17 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Fi
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `RunConfig` that the command line gave itself, without the preset's."""
+    """The options that the command line gives explicitly, by name."""
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
 def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the options given."""
+    """The defaults, overridden by the preset, overridden by the given options."""
     preset = PRESETS[arguments.preset] if arguments.preset else {}
     return config_of(preset | given_options(arguments))
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:
-    """`RunConfig.of` whose errors name the command line's flags; raises `UserError`."""
+    """`RunConfig.of`, but errors are `UserError`s that name the flags."""
     with as_user_errors():
         return RunConfig.of(**options)

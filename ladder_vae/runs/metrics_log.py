@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl: one object per log entry."""
+"""Reading a run's metrics.jsonl, which has one JSON object per log entry."""
 
 import json
 from collections.abc import Sequence
@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.files import reading
 
 # An entry's step and scalars, by tag.
 Entry = dict[str, float]
 
 
 def finite_entries(path: Path) -> list[Entry]:
-    """The entries of metrics.jsonl, also while it grows, without scalars that were not finite.
+    """The entries of metrics.jsonl with their finite scalars, also while training writes it.
 
-    Raises `UserError` where the file is damaged.
+    Raises `UserError` if the file is damaged.
     """
     return [
         {tag: value for tag, value in entry.items() if value is not None and abs(value) < 1e300}
@@ -23,7 +24,7 @@ def finite_entries(path: Path) -> list[Entry]:
 
 
 def held_out_split(entries: Sequence[Entry]) -> str | None:
-    """The split that evaluations during the training used; None before the first one."""
+    """The split of the evaluations during training; None before the first one."""
     for entry in entries:
         for tag in entry:
             split, _, name = tag.partition("/")
@@ -33,37 +34,35 @@ def held_out_split(entries: Sequence[Entry]) -> str | None:
 
 
 def newest(entries: Sequence[Entry], tag: str) -> Entry | None:
-    """The last entry that has the scalar `tag`."""
+    """The last entry with the scalar `tag`; None without one."""
     return next((entry for entry in reversed(entries) if tag in entry), None)
 
 
 def read_entries(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, none where there is no file, but for a last one cut short.
+    """The entries of a metrics.jsonl; none if there is no file.
 
-    Raises `UserError` where it is damaged.
+    Ignores a last line that was cut off. Raises `UserError` if the file is damaged.
     """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    with reading(path):
+        lines = path.read_bytes().splitlines(keepends=True)
     entries = []
     for line in lines:
         if not line.endswith(b"\n"):
-            continue  # cut short when the run was killed
+            continue  # the run was killed while writing it
         try:
             entries.append(json.loads(line))
         except (ValueError, RecursionError):
             entries.append(None)
         if not _is_entry(entries[-1]):
             shown = line.strip()[:40].decode(errors="replace")
-            raise UserError(f"{path} is damaged: {shown!r} is no entry of it")
+            raise UserError(f"{path} is damaged: {shown!r} is not a log entry")
     return entries
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether it is what `Monitor.scalars` writes."""
+    """Whether `Monitor.scalars` could have written it."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("step"), int)

@@ -9,7 +9,6 @@ import datasets
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.config import FRACTION, NOT_NEGATIVE, Check, check_settings, setting
 from ladder_vae.networks.precision import COMPILE, PRECISIONS
-from runtime.errors import UserError
 
 SEED: Check = (lambda value: 0 <= value < 2**63, "at least 0 and below 2**63")
 AT_LEAST_ONE: Check = (lambda value: value >= 1, "at least 1")
@@ -19,7 +18,7 @@ POSITIVE: Check = (lambda value: 0 < value < math.inf, "finite and positive")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The configuration of a run: data, architecture, objective, optimisation and monitoring.
+    """The configuration of a run: architecture, data, objective, optimisation and monitoring.
 
     The defaults are those of the original implementation. Raises `ValueError` for invalid values.
     """
@@ -183,7 +182,9 @@ class RunConfig:
                 "it must be one of discr_log_mix, discr_log, gaussian"
             )
         if self.sync_bn and not self.ladder.batchnorm:
-            raise ValueError("`sync_bn` has no effect without `batchnorm`; drop one of them")
+            raise ValueError(
+                "`sync_bn` has no effect if `batchnorm` is off; switch off `sync_bn`, too"
+            )
         if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
             raise ValueError(
                 "`lr_decay` needs the run's length: give `steps`, `epochs` or `max_minutes`"
@@ -191,16 +192,18 @@ class RunConfig:
 
     @classmethod
     def of(cls, **options: Any) -> "RunConfig":
-        """From options by name, those of the architecture among them.
+        """A configuration from options by name, architecture included.
 
-        `likelihood` "auto" (the default) is bernoulli for binary images and discr_log_mix for
+        `likelihood` "auto", the default, means bernoulli for binary images and discr_log_mix for
         8-bit ones. Raises `ValueError` for invalid values, `TypeError` for unknown names.
         """
         names = {field.name for field in dataclasses.fields(LadderConfig)}
         ladder = {name: value for name, value in options.items() if name in names}
         others = {name: value for name, value in options.items() if name not in names}
         if ladder.get("likelihood", "auto") == "auto":
-            binary = datasets.is_binary(options.get("dataset", cls.dataset))
+            dataset = options.get("dataset", cls.dataset)
+            # An unknown data set is reported below, with the other options.
+            binary = dataset not in datasets.NAMES or datasets.is_binary(dataset)
             ladder["likelihood"] = "bernoulli" if binary else "discr_log_mix"
         return cls(ladder=LadderConfig(**ladder), **others)
 
@@ -210,18 +213,18 @@ class RunConfig:
         return "valid" if self.train_split == "train" else "test"
 
     def options(self) -> dict[str, Any]:
-        """All options by name, those of the architecture among them."""
+        """All options by name, architecture included: the arguments of `of`."""
         values = dataclasses.asdict(self)
         return values.pop("ladder") | values
 
     def to_dict(self) -> dict[str, Any]:
-        """As a dictionary for JSON, with the architecture under `ladder`."""
+        """A dictionary for JSON, with the architecture under `ladder`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunConfig":
-        """From a dictionary that `to_dict` made; raises `UserError` for any other."""
-        try:
-            return cls(**(values | {"ladder": LadderConfig(**values["ladder"])}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the configuration is invalid: {error}") from None
+        """The configuration that `to_dict` described.
+
+        Raises `KeyError`, `TypeError` or `ValueError` if the dictionary is invalid.
+        """
+        return cls(**(values | {"ladder": LadderConfig(**values["ladder"])}))

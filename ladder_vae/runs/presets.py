@@ -31,7 +31,7 @@ def _full_size(dataset: str, downsample: list[int]) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Small enough to learn legible digits in two minutes on a laptop's processor.
+    # Small enough to learn legible digits in two minutes on a laptop.
     "digits": {
         "dataset": "digits",
         "z_dims": [16, 16, 16],
@@ -72,7 +72,7 @@ ROWS = (
     *("multi-dsprites-12", "svhn-15", "celeba-20"),
 )
 
-# Recipes for the same networks on a short budget; see results/recipes.md.
+# The same networks trained on a short budget; see results/recipes.md.
 _FAST: dict[str, Any] = {
     "batch_size": 256,
     "lr": 5e-3,
@@ -83,5 +83,5 @@ _FAST: dict[str, Any] = {
     "precision": "bf16",
 }
 PRESETS |= {f"{row}-fast": PRESETS[row] | _FAST for row in ROWS}
-# The original implementation scores CelebA on the validation images, so do not train on them.
+# The original implementation evaluates CelebA on the validation images: do not train on them.
 PRESETS["celeba-20-fast"]["train_split"] = "train"

@@ -1,8 +1,8 @@
-"""Publish the weights of a run, and make a run folder of published ones.
+"""Published weights: one safetensors file for sharing a trained ladder.
 
-The file is in the safetensors format, with the configuration, the origin and a checksum in its
-metadata. It holds the weights that evaluation uses, the moving average where there is one; they can
-be scored to the same digits, and not be trained further.
+Its metadata hold the configuration, the provenance and a checksum. The weights are those that
+evaluation uses: the moving average if there is one. Evaluation gives the same digits as for the
+original run; training cannot resume from them.
 """
 
 import hashlib
@@ -18,57 +18,49 @@ from torch import Tensor
 
 from ladder_vae.runs.run import Run
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import reading, write_atomically
 
-# The entry of the file's metadata that says what the weights are.
+# The entry of the file's metadata that describes the weights.
 ENTRY = "ladder_vae"
 
 
 def export_weights(run: Run, step: int | None, path: Path) -> int:
     """Write the weights after `step`, or the newest for None, to a safetensors file.
 
-    Returns the step. Raises `UserError` where there is no such checkpoint, or no room.
+    Returns the step. Raises `UserError` if there is no such checkpoint, or no room on the disk.
     """
     state = run.load_checkpoint(step, torch.device("cpu"))
     average = state["average"]
     weights = state["weights"] if average is None else average["weights"]
-    try:
-        tensors = {name: value.contiguous() for name, value in weights.items()}
-        description = run.description() | {"step": state["step"], "sha256": checksum(tensors)}
-        content = safetensors.torch.save(tensors, {"format": "pt", ENTRY: json.dumps(description)})
-    except (AttributeError, RuntimeError, TypeError, ValueError, SafetensorError):
-        raise UserError(f"the checkpoint of {run.path} does not hold weights") from None
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    description = run.description() | {"step": state["step"], "sha256": checksum(tensors)}
+    content = safetensors.torch.save(tensors, {"format": "pt", ENTRY: json.dumps(description)})
     write_atomically(path, lambda file: file.write(content))
     return state["step"]
 
 
 def read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a published file says of its weights, and these; raises `UserError` for any other file.
+    """A published file's description and weights; raises `UserError` for any other file.
 
-    Weights are on the CPU, by their names in the state dict of the ELBO module.
+    The weights are on the CPU, by their names in the state dict of the ELBO module.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+    except SafetensorError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged or not a safetensors file: {reason}") from None
-    try:
-        description = json.loads(metadata[ENTRY])
-    except (KeyError, ValueError, RecursionError):
-        description = None
-    if not isinstance(description, dict):
-        raise UserError(f"{path} does not hold weights that published.py has exported")
-    if description.get("sha256") != checksum(weights):
-        raise UserError(f"{path} is damaged: its checksum is that of other weights")
+    description = json.loads(metadata.get(ENTRY, "null"))
+    if description is None:
+        raise UserError(f"{path} was not written by tools.export_weights")
+    if description["sha256"] != checksum(weights):
+        raise UserError(f"{path} is damaged: its checksum does not match")
     return description, weights
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of weights: names, types, shapes and bytes."""
+    """SHA-256 over the names, types, shapes and bytes of weights."""
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

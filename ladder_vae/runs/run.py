@@ -1,9 +1,9 @@
-"""Run folders: a run's configuration and its checkpoints.
+"""Run folders: a run's configuration and checkpoints.
 
     RUN/config.json             the configuration
-    RUN/checkpoints/STEP.pt     the newest states of training, and the best
-    RUN/checkpoints/best.json   names the best one by the ELBO of the held-out images
-    RUN/eval/STEP/              an evaluation by evaluate.py at that step
+    RUN/checkpoints/STEP.pt     the newest states of training, and the best one
+    RUN/checkpoints/best.json   which checkpoint is best, by the ELBO of the held-out images
+    RUN/eval/STEP/              evaluate.py's results for that step
 
 A file appears under its final name only when it is complete.
 """
@@ -43,11 +43,11 @@ class Run:
         """Begin a run in a new or empty folder; raises `UserError` for any other."""
         if (path / "config.json").exists():
             raise UserError(
-                f"{path} holds another run; give another folder to --out, "
+                f"{path} holds another run; choose another folder for --out, "
                 f"or continue that run with --resume {path}"
             )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is not an empty folder; give a new folder to --out")
+            raise UserError(f"{path} is not an empty folder; choose a new folder for --out")
         run = cls(path, config, image_shape, provenance)
         run.write_config()
         return run
@@ -62,25 +62,27 @@ class Run:
 
     @classmethod
     def from_description(cls, path: Path, content: Any, file: Path) -> Self:
-        """The run of a `description` read from `file`; raises `UserError` if it is invalid."""
+        """The run whose `description` was read from `file`; raises `UserError` if it is invalid."""
         try:
             if content["format"] != FORMAT:
                 raise UserError(
-                    f"{file} is of another version of this project (format {content['format']}; "
-                    f"this version reads format {FORMAT})"
+                    f"{file} was written by another version of this project (format "
+                    f"{content['format']}; this version reads format {FORMAT})"
                 )
             channels, height, width = content["image_shape"]
             config = RunConfig.from_dict(content["config"])
             return cls(path, config, (channels, height, width), dict(content["provenance"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file} does not describe a run: {error!r}") from None
+        except KeyError as error:
+            raise UserError(f"{file} does not describe a run: it has no {error}") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{file} does not describe a run: {error}") from None
 
     def write_config(self) -> None:
-        """Write config.json, as it is now."""
+        """Write config.json."""
         write_json(self.path / "config.json", self.description())
 
     def description(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The content of config.json."""
         return {
             "format": FORMAT,
             "image_shape": list(self.image_shape),
@@ -97,17 +99,17 @@ class Run:
         return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]+", file.stem))
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state of training after `step`, and remove all but the newest and the best."""
+        """Write a checkpoint, and remove old ones: the newest and the best stay."""
         write_checkpoint(self.checkpoint_path(step), state | {"step": step})
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        # Later ones, if any, are of a course that the run has turned back from and comes to again.
+        # If the run went back to an older checkpoint, it will overwrite the later ones.
         passed = [old for old in self.checkpoint_steps() if old <= step]
         best = self.best_step()
         for old in passed[: -self.config.keep_checkpoints]:
             if old != best:
-                with suppress(OSError):  # one too many does no harm
+                with suppress(OSError):  # an extra checkpoint does no harm
                     self.checkpoint_path(old).unlink()
 
     @property
@@ -123,50 +125,50 @@ class Run:
             step, value = int(content["step"]), float(content["negative_elbo"])
         except (KeyError, TypeError, ValueError):
             raise UserError(
-                f"{self._best_path} is damaged; remove it, and training finds the best again"
+                f"{self._best_path} is damaged; delete it, and training will write it again"
             ) from None
         return (step, value) if self.checkpoint_path(step).exists() else None
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint by the held-out images' ELBO; None without one."""
+        """The step of the best checkpoint; None without one."""
         best = self.best()
         return None if best is None else best[0]
 
     def step_called(self, name: str) -> int | None:
-        """The step of the checkpoint that the command line calls `name`; None for the newest.
+        """The step that `--checkpoint` means; None for the newest checkpoint.
 
-        `name` is a step, best or last. Raises `UserError` for any other, and without a best one.
+        `name` is a step, best or last. Raises `UserError` for anything else.
         """
         if name == "last":
             return None
         if name == "best":
             best = self.best_step()
             if best is None:
-                raise UserError(f"{self.path} has no best checkpoint; give a step to --checkpoint")
+                raise UserError(f"{self.path} has no best checkpoint; use --checkpoint STEP")
             return best
         if not re.fullmatch("[0-9]{1,18}", name):
             raise UserError(f"--checkpoint is {name!r}; it must be a step, best or last")
         return int(name)
 
     def is_better(self, step: int, negative_elbo: float) -> bool:
-        """Whether the weights after `step` are the best so far, by the held-out negative ELBO."""
+        """Whether `negative_elbo`, of the held-out images after `step`, is the best so far."""
         best = self.best()
         better = best is None or best[0] == step or negative_elbo < best[1]
         return better and math.isfinite(negative_elbo)
 
     def mark_best(self, step: int, negative_elbo: float) -> None:
-        """Keep the checkpoint of `step` as the best one, in the place of the one before."""
+        """Mark the checkpoint of `step` as the best one, in place of an earlier one."""
         write_json(self._best_path, {"step": step, "negative_elbo": negative_elbo})
         self._prune(step)
 
     def load_checkpoint(self, step: int | None, device: torch.device) -> dict[str, Any]:
-        """The state after `step`, or the newest for None; raises `UserError` without one.
+        """The state after `step`, or the newest for None.
 
-        Raises `Damaged` where it is not what was written.
+        Raises `UserError` if there is no such checkpoint, and `Damaged` if it is damaged.
         """
         steps = self.checkpoint_steps()
         if not steps:
-            raise UserError(f"{self.path} has no checkpoint yet; train it first")
+            raise UserError(f"{self.path} has no checkpoint yet; train the run first")
         if step is not None and step not in steps:
             raise UserError(
                 f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
@@ -174,9 +176,9 @@ class Run:
         return read_checkpoint(self.checkpoint_path(steps[-1] if step is None else step), device)
 
     def newest_whole(self, device: torch.device) -> tuple[dict[str, Any] | None, list[Damaged]]:
-        """The newest state that is not damaged, and what is wrong with those after it.
+        """The newest undamaged state, and the errors of newer checkpoints.
 
-        None where the run was ended before its first checkpoint. Raises `Damaged` where all are.
+        The state is None if there is no checkpoint. Raises `Damaged` if all are damaged.
         """
         found: list[Damaged] = []
         for step in reversed(self.checkpoint_steps()):

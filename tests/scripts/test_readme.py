@@ -1,156 +1,296 @@
-"""README.md: its tables are what results/ holds, and its code and links are right."""
+"""README.md and docs/: tables are up to date; commands, snippets and links work as they stand."""
 
+import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch.distributed.run import get_args_parser
 
-import evaluate
-import pieces
+import datasets
 import train_svi
-from ladder_vae.reports import report
-from ladder_vae.runs import published
 from ladder_vae.runs.command_line import config_from, given_options
-from tools import import_reference as reference_checkpoint
-from tools import readme_tables as readme
-from tools import reproduce
+from ladder_vae.runs.presets import PRESETS
+from tools import readme_tables
 
-ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-
-
-def test_tables_are_those_of_the_results() -> None:
-    """Nothing in a table is typed in by hand, or out of date."""
-    assert set(re.findall(r"<!-- table (\w+) -->", TEXT)) == readme.TABLES.keys()
-    assert readme.written(TEXT) == TEXT
+ROOT = readme_tables.ROOT
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in readme_tables.pages()}
+ALL = PAGES | {name: (ROOT / name).read_text() for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
 
 
-def test_tables_follow_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A figure that changes in results/ changes in the table."""
-    metrics = {
-        "elbo": 81.5,
-        "iw": {"1": 81.4, "100": 79.0},
-        "standard_error": {"elbo": 0.25, "1": 0.3, "100": 0.25},
-        "bits_per_dim": {"elbo": 0.15, "1": 0.15, "100": 0.145},
-        "n_images": 1500,
-        "trained": {"machine": "a machine", "commit": "abc"},
-        "provenance": {"machine": "a machine", "commit": "abc"},
-    }
-
-    def read(name: str) -> dict[str, Any]:
-        assert name == "demo/metrics.json"
-        return metrics
-
-    monkeypatch.setattr(readme, "read", read)
-    table = readme.written("<!-- table demo -->\nold\n<!-- end -->")
-    assert "| negative bound, 1,500 test images | nats | bits/dim |" in table
-    assert "| ELBO | 81.50 ± 0.25 | 0.150 |" in table
-    assert "| 100 importance samples | 79.00 ± 0.25 | 0.145 |" in table
-    assert "0.145 |\n\nObtained on a machine, commit abc." in table
-    assert "old" not in table
-    metrics["warning"] = "the bound is loose"
-    table = readme.written("<!-- table demo -->\nold\n<!-- end -->")
-    assert "0.145 |\n\nThe bound is loose.\n\nObtained on a machine, commit abc." in table
+def blocks(text: str, language: str) -> list[str]:
+    """The code blocks of a page."""
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_our_figures_stand_below_the_published_ones(
+def commands(first: str) -> list[str]:
+    """Every command of all pages whose first word is `first`."""
+    lines = [
+        line for text in ALL.values() for block in blocks(text, "sh") for line in block.split("\n")
+    ]
+    found = {" ".join(shlex.split(line, comments=True)): None for line in lines if line}
+    return [line for line in found if line.split()[0] == first]
+
+
+# --- Tables ---
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_results(page: str) -> None:
+    assert readme_tables.written(PAGES[page]) == PAGES[page], "run python -m tools.readme_tables"
+
+
+def test_every_table_is_on_one_page() -> None:
+    names = re.findall(r"<!-- table (\w+) -->", "".join(PAGES.values()))
+    assert Counter(names) == dict.fromkeys(readme_tables.TABLES, 1)
+
+
+METRICS = {
+    "elbo": 81.5,
+    "iw": {"1": 81.4, "1000": 79.0},
+    "standard_error": {"elbo": 0.25, "1": 0.3, "1000": 0.25},
+    "bits_per_dim": {"elbo": 0.15, "1": 0.15, "1000": 0.145},
+    "pareto_k": {"share_above_0.7": 0.04},
+    "n_images": 1500,
+    "trained": {"machine": "a machine", "commit": "abc"},
+    "provenance": {"machine": "a machine", "commit": "abc"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({}, "Measured on a machine, commit abc."),
+        (
+            {"provenance": {"machine": "another", "commit": "def"}},
+            "Measured on a machine, commit abc; evaluated on another, commit def.",
+        ),
+        (
+            {"pareto_k": {"share_above_0.7": 0.06}},
+            "For 6% of the images a few importance samples dominate (Pareto k-hat above 0.7): "
+            "their log-likelihood is higher than the bound, and more samples would raise it.\n\n"
+            "Measured on a machine, commit abc.",
+        ),
+    ],
+)
+def test_a_table_follows_its_file(
+    changes: dict[str, Any], notes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "metrics.json").write_text(json.dumps(METRICS | changes))
+    rows = (
+        "| negative bound, 1,500 test images | nats | bits/dim |\n"
+        "| --- | --- | --- |\n"
+        "| ELBO | 81.50 ± 0.25 | 0.150 |\n"
+        "| 1 importance sample | 81.40 ± 0.30 | 0.150 |\n"
+        "| 1,000 importance samples | 79.00 ± 0.25 | 0.145 |"
+    )
+    before, after = "text\n<!-- table demo -->\n", "\n<!-- end -->\ntext"
+    assert readme_tables.written(f"{before}old{after}") == f"{before}{rows}\n\n{notes}{after}"
+
+
+def test_our_bounds_follow_the_published_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where results/PRESET/metrics.json is there, and no column is empty where it is not."""
-    for name in ("reference.json", "demo"):
-        (tmp_path / name).symlink_to(readme.RESULTS / name)
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    header = [cell.strip() for cell in readme.likelihood_table().splitlines()[0].split("|")]
-    assert header[1:-1] == ["data", "layers", "run", "ELBO", "100 samples", "1,000 samples"]
+    """If results/ROW/metrics.json exists; empty columns are dropped."""
+    (tmp_path / "reference.json").symlink_to(readme_tables.RESULTS / "reference.json")
+    monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
+
+    def rows() -> list[list[str]]:
+        lines = readme_tables.likelihood_table().splitlines()
+        return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines]
+
+    assert rows()[0] == ["data", "layers", "run", "ELBO", "100 samples", "1,000 samples"]
     content = {
         **{"elbo": 80.0, "iw": {"100": 78.25}, "standard_error": {"elbo": 0.25, "100": 0.2}},
         **{"dataset": "static_mnist", "split": "test", "n_images": 10000, "step": 1, "layers": 6},
         **{"kl_per_layer": [1.0], "provenance": {"machine": "a GPU", "commit": "abc"}},
-        **{"minutes": 19.25, "seed": 0, "training_seed": 42},
+        **{"minutes": 19.25, "seed": 0, "training_seed": 42, "limit": None},
     }
     (tmp_path / "mnist-6").mkdir()
     (tmp_path / "mnist-6" / "metrics.json").write_text(json.dumps(content))
-    rows = [
-        re.findall(r"[^| ][^|]*[^| ]|[^| ]", row) for row in readme.likelihood_table().split("\n")
-    ]
-    assert rows[3:5] == [
-        ["static_mnist", "6", "reference", "80.74", "78.65", "78.52"],
-        [
-            *("static_mnist", "6", "ours", "80.00 ± 0.25", "78.25 ± 0.20"),
-            *("19.2", "42", "a GPU, commit abc"),
-        ],
-    ]
+    assert rows()[3][:6] == ["static_mnist", "6", "reference", "80.74", "78.65", "78.52"]
+    ours = [cell for cell in rows()[4] if cell]
+    bounds = ["80.00 ± 0.25", "78.25 ± 0.20"]
+    place = ["19.2", "42", "a GPU, commit abc"]
+    assert ours == ["static_mnist", "6", "this project", *bounds, *place]
 
 
-def test_files_it_names_are_there() -> None:
-    """Every relative link leads somewhere."""
-    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
-    relative = [link for link in links if "://" not in link]
-    assert len(relative) > 10
-    assert [link for link in relative if not (ROOT / link).exists()] == []
-
-
-def test_its_program_runs() -> None:
-    """The example of the pair as Pyro programs, as a reader would run it."""
-    (program,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    program += "\nassert loss_fn.elbo.terms.kl.shape == (16, 3)"
-    program += "\nassert [n for n in z_and_x.nodes if n[0] in 'zx'] == ['z_3', 'z_2', 'z_1', 'x']"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+def test_data_sets_are_those_of_the_code() -> None:
+    """Names, sizes and likelihoods of docs/data.md, and the counts of the set that is installed."""
+    rows = re.findall(
+        r"(?m)^\| `(\w+)` \| (\d+)x(\d+).* \| (.*) \| (.*) \| (.*) \|$", PAGES["docs/data.md"]
     )
-    assert result.returncode == 0, result.stderr
+    assert sorted(row[0] for row in rows) == sorted(datasets.NAMES)
+    for name, height, width, likelihood, *_ in rows:
+        assert datasets.image_shape(name)[1:] == (int(height), int(width))
+        assert likelihood == ("Bernoulli" if datasets.is_binary(name) else "mixture of logistics")
+    counts = [len(datasets.load("digits", split, ROOT)) for split in ("train+valid", "test")]
+    (digits,) = (row for row in rows if row[0] == "digits")
+    assert [f"{count:,}" for count in counts] == list(digits[4:])
 
 
-COMMANDS = [
-    line.split("#")[0].split()
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
-    for line in block.splitlines()
-]
-SCRIPTS: dict[str, Any] = {
-    "train_svi.py": train_svi,
-    "evaluate.py": evaluate,
-    "pieces.py": pieces,
-    "published.py": published,
-    "reference_checkpoint.py": reference_checkpoint,
-    "report.py": report,
-    "reproduce.py": reproduce,
-}
+# --- Links and size ---
 
 
-# Those of our scripts, by themselves or as several processes.
-OF_SCRIPTS = [command for command in COMMANDS if command[0] in ("python", "torchrun")]
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(
+        r"(?m)^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("command", OF_SCRIPTS, ids=" ".join)
-def test_command_lines_are_understood(command: list[str]) -> None:
-    """Every option of every command is one of the script's, and together they make sense."""
-    if command[0] == "torchrun":
-        launch = get_args_parser().parse_args(command[1:])
-        assert int(launch.nproc_per_node) == 8
-        command = ["python", launch.training_script, *launch.training_script_args]
-    arguments = SCRIPTS[command[1]].parse_arguments(command[2:])
-    if command[1] == "train_svi.py" and arguments.resume is None:
-        # The command without a preset is the original implementation's, of twelve layers.
-        layers = {"mnist-3": 3, "mnist-12": 12, None: 12}[arguments.preset]
-        config = config_from(arguments)
-        assert len(config.z_dims) == layers
-        assert config.free_bits == (1.0 if layers == 12 else 0.5)
-        assert (config.skip, config.gated, config.blocks_per_layer) == (True, True, 4)
-    if command[1] == "train_svi.py" and arguments.resume is not None:
+@pytest.mark.parametrize("page", ALL)
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", ALL[page])
+    for link in links:
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in PAGES["README.md"]
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES["README.md"].encode()) <= 9000
+
+
+# --- Python ---
+
+
+def test_the_program_of_the_readme_runs() -> None:
+    """As a reader runs it, in a process of its own."""
+    (program,) = blocks(PAGES["README.md"], "python")
+    program += "\nassert kl.shape == (16, 3)\nassert samples.shape == (4, 1, 28, 28)"
+    program += "\nassert all(p.grad is not None for p in loss_fn.parameters() if p.requires_grad)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_snippets_of_the_pyro_page_run() -> None:
+    """One after another, with the values that the page states."""
+    found: dict[str, Any] = {}
+    for block in blocks(PAGES["docs/pyro.md"], "python"):
+        exec(compile(block, "docs/pyro.md", "exec"), found)
+    assert found["prior"]["x"].shape == (3, 4, 1, 28, 28)
+    assert found["posterior"]["z_1"].shape[:2] == (3, 16)
+    assert found["reconstruction"].shape == (1, 16, 1, 28, 28)
+    assert found["drawn"]["z_3"].equal(found["z"]["z_3"])
+    assert not found["drawn"]["z_1"].equal(found["z"]["z_1"])
+    assert not found["terms"].kl[:, :2].any()
+    assert found["terms"].kl[:, 2].all()
+    for name in ("loss", "negative_elbo", "log_joint", "bound", "evidence"):
+        assert torch.isfinite(torch.as_tensor(found[name])), name
+
+
+def test_python_is_on_tested_pages_only() -> None:
+    pages = [page for page, text in ALL.items() if blocks(text, "python")]
+    assert pages == ["README.md", "docs/pyro.md"]
+
+
+# --- Commands ---
+
+
+def script_of(words: list[str]) -> tuple[ModuleType, list[str]]:
+    """The module that a command runs, and its arguments."""
+    if words[0] == "-m":
+        return importlib.import_module(words[1]), words[2:]
+    return importlib.import_module(words[0].removesuffix(".py")), words[1:]
+
+
+def check_training(arguments: Any) -> None:
+    """Beyond their names: the options of a training command make sense together."""
+    if arguments.resume is not None:
         assert given_options(arguments).keys() <= train_svi.CHANGEABLE
-    if command[1] == "reference_checkpoint.py":
-        assert config_from(arguments).z_dims == [32, 32, 32]
+        return
+    config = config_from(arguments)
+    if arguments.preset:
+        assert config.ladder.z_dims == PRESETS[arguments.preset]["z_dims"]
 
 
-def test_other_commands_are_there() -> None:
-    """What README has make do, the Makefile does."""
-    makefile = (ROOT / "Makefile").read_text()
-    targets = {command[1] for command in COMMANDS if command[0] == "make"}
-    assert targets == {"demo", "test"}
-    assert all(re.search(rf"(?m)^{target}:", makefile) for target in (*targets, "setup"))
-    assert {command[0] for command in COMMANDS} == {"make", "python", "tensorboard", "torchrun"}
+@pytest.mark.parametrize("command", [*commands("python"), *commands("torchrun")])
+def test_command_lines_are_understood(command: str) -> None:
+    """The parser of the script accepts each option and value."""
+    first, *words = shlex.split(command)
+    if first == "torchrun":
+        launch = get_args_parser().parse_args(words)
+        assert int(launch.nproc_per_node) == 8
+        words = [launch.training_script, *launch.training_script_args]
+    if words[:2] == ["-m", "pytest"]:
+        assert all((ROOT / path).exists() for path in words[2:])
+        return
+    module, given = script_of(words)
+    if not hasattr(module, "parse_arguments"):
+        assert given == []
+        assert callable(module.main)
+        return
+    arguments = module.parse_arguments(given)
+    if module is train_svi:
+        check_training(arguments)
+    if words[1] == "tools.import_reference":
+        assert config_from(arguments).ladder.z_dims == [32, 32, 32]
+
+
+def test_other_commands_are_known() -> None:
+    lines = [
+        line for text in ALL.values() for block in blocks(text, "sh") for line in block.split("\n")
+    ]
+    first = {line.split()[0] for line in lines if line}
+    assert first == {"make", "python", "torchrun", "tensorboard", "conda"}
+    assert commands("tensorboard") == ["tensorboard --logdir runs"]
+    environment = (ROOT / "environment.yml").read_text()
+    name = re.findall(r"(?m)^name: (.*)$", environment)[0]
+    assert commands("conda") == ["conda env create -f environment.yml", f"conda activate {name}"]
+
+
+def make(*arguments: str) -> str:
+    command = ["make", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_make_knows_the_targets() -> None:
+    """Each target of the pages can be made, and `make help` lists it."""
+    targets = [command.split()[1] for command in commands("make")]
+    assert set(targets) == {"setup", "help", "demo", "test", "stress", "format"}
+    for target in targets:
+        make("--dry-run", target)
+        assert target == "help" or f"make {target} " in make("help")
+    assert "--torch-backend cpu" in make("--dry-run", "--always-make", "setup", "TORCH_BACKEND=cpu")
+
+
+def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--options` within sentences and tables of the pages."""
+    pattern = "--[a-z][a-z-]+"
+    known = set(re.findall(pattern, "\n".join([*commands("python"), *commands("torchrun")])))
+    known |= {"--max-restarts", "--shutdown-timeout"}  # of torchrun
+    for module in ("train_svi", "evaluate", "tools.reproduce", "tools.score_images"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).parse_arguments(["--help"])
+        known |= set(re.findall(pattern, capsys.readouterr().out))
+    for page, text in PAGES.items():
+        prose = re.sub(r"```.*?```|<!-- .*? -->", "", text, flags=re.DOTALL)
+        named = {
+            name for code in re.findall(r"`([^`]*)`", prose) for name in re.findall(pattern, code)
+        }
+        # `--grad-...` stands for all options that begin so.
+        named = {name for name in named if not name.endswith("-")}
+        assert named <= known, (page, named - known)

@@ -28,7 +28,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from tools.import_reference import config_from_case, from_reference, reference_tensors
 
-GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+GOLDEN_DIR = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent.parent / "golden"))
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN_DIR / "cases.json").read_text())
 NAMES = sorted(name for name in CASES if (GOLDEN_DIR / f"{name}.npz").exists())
 

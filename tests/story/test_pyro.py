@@ -209,7 +209,7 @@ def test_guide_of_a_conditioned_model(
     model, _ = make_pair(skip=True)
     value = prior_draw(model.eval(), len(x))[given]
     conditioned = poutine.condition(model, {given: value})
-    guide: Any = LadderGuide(conditioned, tiny_config(skip=True), (1, 8, 10))
+    guide: Any = LadderGuide(conditioned, tiny_config(skip=True).ladder, (1, 8, 10))
     guide.eval()
     terms = FreeBitsELBO().compute_terms(model, guide, x)
     model_trace, guide_trace = guide.get_traces()
@@ -233,7 +233,7 @@ def test_conditioned_latents_inform_the_posteriors_below(
     model, _ = make_pair()
     z = prior_draw(model.eval(), len(x))
     above = {name: z[name] for name in ("z_3", "z_2")}
-    guide: Any = LadderGuide(poutine.condition(model, above), tiny_config(), (1, 8, 10))
+    guide: Any = LadderGuide(poutine.condition(model, above), tiny_config().ladder, (1, 8, 10))
     guide.eval()
     guide(x)
     h_2 = model.layers[1](z["z_2"], model.layers[2](z["z_3"], None))
@@ -516,7 +516,7 @@ def test_loss_and_grads(
         pyro.module("model", model)
         return model(x)
 
-    guide = LadderGuide(program, tiny_config(learn_top_prior=True), (1, 8, 10))
+    guide = LadderGuide(program, tiny_config(learn_top_prior=True).ladder, (1, 8, 10))
     guide.load_state_dict(pairs_guide.state_dict())
     losses, grads = [], []
     pyros = TraceMeanField_ELBO() if analytic else Trace_ELBO()

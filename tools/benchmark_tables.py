@@ -1,0 +1,263 @@
+"""The tables of what benchmarks/ measured, as Markdown.
+
+Each function takes the content of a file that a benchmark wrote to results/.
+"""
+
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+Results = dict[str, Any]
+
+LINE_TITLES = {
+    "ours": "this project",
+    "plain": "plain loop",
+    "convolutions": "convolutions only",
+    "whole": "whole network per sample",
+    "bottom_up": "bottom-up pass only",
+    "channels_last": "channels last",
+    "compile": "compiled",
+    "graph": "CUDA graph",
+}
+INTERRUPTIONS = {
+    "SIGKILL": "SIGKILL at a random time, then resumed",
+    "SIGTERM": "SIGTERM at a random time, then resumed",
+    "SIGKILL_of_one_of_2": "SIGKILL of one of two processes, then resumed",
+    "SIGTERM_of_one_of_2": "SIGTERM of one of two processes, then resumed",
+}
+
+
+# --- Formatting ---
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    cases: Iterable[Results],
+    note: str = "",
+) -> str:
+    """A table of measurements, and where its `cases` were measured."""
+    return f"{markdown(header, rows)}\n\n{note}Measured on {places(cases)}."
+
+
+def number(value: float) -> str:
+    """Three significant digits, all digits of large numbers, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def gibibytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 2**30:.1f} GiB"
+
+
+def mean_and_spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean ± standard deviation over the seeds."""
+    mean = f"{statistics.fmean(values):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def ratio(numerator: Results | None, denominator: Results | None, key: str) -> str:
+    """The ratio of two measurements, empty if one of them is missing."""
+    if numerator is None or denominator is None:
+        return ""
+    return f"{numerator[key] / denominator[key]:.2f}"
+
+
+def places(measured: Iterable[Results]) -> str:
+    """The machines and commits of some measurements."""
+    origins = [one["provenance"] for one in measured]
+    return "; ".join(dict.fromkeys(f"{o['machine']}, commit {o['commit']}" for o in origins))
+
+
+# --- Tables ---
+
+
+def durability_table(measured: Results) -> str:
+    """What training survived in benchmarks/durability.py."""
+    rows = [
+        [title, str(measured[name]["survived"]), _outcome(measured[name])]
+        for name, title in INTERRUPTIONS.items()
+        if name in measured
+    ]
+    damaged, full = measured["damaged_checkpoints"], measured["full_disk"]
+    rows.append(["damaged checkpoint", str(damaged["of"]), f"{damaged['refused']} rejected"])
+    if full is not None:
+        rows.append(["disk full during training", "1", _outcome(full)])
+    cases = sum(measured["made_up_cases"].values())
+    outcome = "accepted, or rejected with a one-line error"
+    rows.append(["random options, files and images", f"{cases:,}", outcome])
+    return measured_table(["event", "times", "outcome"], rows, [measured])
+
+
+def _outcome(found: Results) -> str:
+    differences = ", ".join(found["differences"])
+    return f"differs in: {differences}" if differences else "same result, bit for bit"
+
+
+def recipes_table(runs: Sequence[Results]) -> str:
+    """Recipes for a short budget, compared in a small setting by benchmarks/recipes.py."""
+    found = [run for run in runs if "iw" in run]
+    setting = min((run["options"] for run in found), key=len)
+    rows = []
+    for run in sorted(found, key=lambda run: run["iw"]["100"]):
+        options, last = run["options"][len(setting) :], run["elbo_of_last_weights"]
+        row = [f"`{' '.join(options)}`" if options else "defaults", str(run["seed"])]
+        row += [f"{run['steps']:,}", f"{run['elbo']:.2f} ± {run['elbo_standard_error']:.2f}"]
+        row.append("" if last is None else f"{last:.2f}")
+        row.append(f"{run['iw']['100']:.2f} ± {run['iw_standard_error']['100']:.2f}")
+        rows.append([*row, f"{run['skipped_updates']:.0f}"])
+    header = ["options", "seed", "steps", "ELBO", "ELBO of the last weights", "100 samples"]
+    return measured_table([*header, "skipped updates"], rows, found)
+
+
+def deep_recipes_table(runs: Sequence[Results]) -> str:
+    """Learning rates of a deep ladder in its first steps."""
+    found = [run for run in runs if "iw" not in run]
+    rows = [
+        [
+            run["options"][run["options"].index("--lr") + 1],
+            *(f"{run['steps']:,}", f"{run['training_elbo']:.1f}", f"{run['gradient_norm']:.0f}"),
+            f"{run['skipped_updates']:.0f}",
+        ]
+        for run in found
+    ]
+    header = ["learning rate", "steps", "training ELBO", "gradient norm", "skipped updates"]
+    return measured_table(header, rows, found)
+
+
+def memory_table(measured: Results) -> str:
+    """Peak memory, as benchmarks/memory.py measured it."""
+    rows = []
+    for preset, passes in measured["figures"].items():
+        cells = []
+        for found in (passes["training"], passes["evaluation"]):
+            note = " (extrapolated)" if found["extrapolated"] else ""
+            cells.append(gibibytes(found["at_batch_size"]) + note)
+        rows.append([f"`{preset}`", *cells])
+    return measured_table(["preset", "training step", "evaluation pass"], rows, [measured])
+
+
+def training_table(cases: Sequence[Results]) -> str:
+    """Time and memory of a training step, as benchmarks/training.py measured it."""
+    rows = []
+    for lines, name, found, head in _benchmark_lines(cases):
+        # The convolutions are timed without compilation and CUDA graph.
+        options = re.sub(r"(\+compile|\+graph)*$", "", name.partition("/")[2]) or "float32"
+        row = [*head, *(number(found[key]) for key in ("images_per_second", "ms_per_step"))]
+        row.append(ratio(lines.get("plain"), found, "ms_per_step"))
+        row.append(ratio(found, lines.get(f"convolutions/{options}"), "ms_per_step"))
+        rows.append([*row, gibibytes(found.get("peak_bytes"))])
+    header = ["preset", "batch", "step", "images/s", "ms per step", "speed, plain PyTorch = 1"]
+    return measured_table([*header, "time, convolutions = 1", "peak memory"], rows, cases)
+
+
+def evaluation_table(cases: Sequence[Results]) -> str:
+    """Time and memory of the importance-weighted bound, as benchmarks/evaluation.py measured it."""
+    rows = []
+    for lines, _, found, head in _benchmark_lines(cases):
+        difference = found.get("largest_difference_nats")
+        row = [*head, number(found["ms_per_image_and_sample"])]
+        row.append(ratio(lines.get("plain"), found, "ms_per_image_and_sample"))
+        row.append("" if difference is None else f"{difference:.1g}")
+        rows.append([*row, gibibytes(found.get("peak_bytes"))])
+    header = ["preset", "batch", "method", "ms per image and sample", "speed, plain PyTorch = 1"]
+    return measured_table([*header, "largest difference, nats", "peak memory"], rows, cases)
+
+
+def _benchmark_lines(
+    cases: Iterable[Results],
+) -> Iterator[tuple[Results, str, Results, list[str]]]:
+    """For each line of each case: all lines of its case, its name, its numbers, its first cells."""
+    for case in cases:
+        for name, found in case["lines"].items():
+            head = [f"`{case['preset']}`", str(case["batch_size"]), line_title(name)]
+            yield case["lines"], name, found, head
+
+
+def line_title(name: str) -> str:
+    """A benchmark line such as `ours/bf16+channels_last`, in words."""
+    if name == "plain":
+        return "plain PyTorch"
+    return ", ".join(LINE_TITLES.get(word, word) for word in re.split(r"[/+]", name))
+
+
+def scaling_table(measured: Results) -> str:
+    """Cost of a step against the ladder's size, as benchmarks/scaling.py measured it."""
+    rows = []
+    for name, points in measured["series"].items():
+        for point in points:
+            slope = point["ms_per_gflop_more"]
+            row = [f"{point['value']} {name}", number(point["operations"] / 1e9)]
+            row += [number(point["ours_ms"]), number(point["convolutions_ms"])]
+            row.append(f"{point['ours_ms'] / point['convolutions_ms']:.2f}")
+            rows.append([*row, "" if slope is None else number(slope)])
+    header = ["size", "GFLOP per step", "ms per step", "ms, convolutions only", "ratio"]
+    base = ", ".join(f"{value} {name}" for name, value in measured["base"].items())
+    note = f"All other sizes: {base}. "
+    return measured_table([*header, "ms per additional GFLOP"], rows, [measured], note)
+
+
+def fast_paths_table(runs: dict[str, dict[str, Results]]) -> str:
+    """What each precision learns, as benchmarks/learning.py measured it."""
+    plain = {seed: _test_elbo(run) for seed, run in runs["float32"].items()}
+    rows = []
+    for options, by_seed in runs.items():
+        row = [line_title(options), mean_and_spread([_final_loss(run) for run in by_seed.values()])]
+        row.append(mean_and_spread([_test_elbo(run) for run in by_seed.values()]))
+        apart = [_test_elbo(run) - plain[seed] for seed, run in by_seed.items() if seed in plain]
+        row.append("" if options == "float32" else mean_and_spread(apart, "+"))
+        tests = [run["test"]["bf16_less_float32"]["negative_elbo"] for run in by_seed.values()]
+        rows.append([*row, mean_and_spread([test["mean"] for test in tests], "+")])
+    header = ["trained in", "training, last 500 steps", "test", "test, minus float32's"]
+    header.append("test, evaluated in bf16 minus in float32")
+    cases = [run for by_seed in runs.values() for run in by_seed.values()]
+    return measured_table(header, rows, cases)
+
+
+def _test_elbo(run: Results) -> float:
+    return run["test"]["by_precision"]["float32"]["negative_elbo"]["mean"]
+
+
+def _final_loss(run: Results) -> float:
+    """The training's negative ELBO, mean over the last 500 steps."""
+    points = zip(run["curve"]["step"], run["curve"]["negative_elbo"], strict=True)
+    return statistics.fmean(value for step, value in points if step > run["steps"] - 500)
+
+
+def parallel_table(measured: Results) -> str:
+    """Throughput by number of processes, as benchmarks/parallel.py measured it."""
+    rows = []
+    for preset, found in measured["throughput"].items():
+        one, two = (found["images_per_second"][n] for n in "12")
+        apart = measured["batch_norm"][preset]
+        row = [f"`{preset}`", str(found["batch_size"]), f"{one:,.0f}", f"{two:,.0f}"]
+        differences = [f"{apart[n]['gradient']:.1%}" for n in ("2", "8")]
+        rows.append([*row, f"{two / one:.2f}", *differences])
+    header = ["preset", "batch", "images/s, 1 process", "images/s, 2 processes", "ratio"]
+    header += [f"gradient difference, {n} parts" for n in (2, 8)]
+    note = f"Medians of {measured['repeats'] * measured['steps']} steps. "
+    return measured_table(header, rows, [measured], note)
+
+
+def communication_table(measured: Results) -> str:
+    """What processes exchange at each step beside what they compute, counted."""
+    rates = measured["assumed"]["bytes_per_second"]
+    speed = measured["assumed"]["multiply_adds_per_second"]
+    rows = []
+    for preset, found in measured["counted"].items():
+        size = found["gradient_bytes"]
+        work = found["forward_multiply_adds"] + found["backward_multiply_adds"]
+        row = [f"`{preset}`", f"{size / 1e6:.1f} MB", f"{2 * 7 / 8 * size / 1e6:.1f} MB"]
+        # With many GPUs each sends 2 (N - 1) / N -> 2 times the gradients.
+        even = [2 * size / rate / (work / speed) for rate in rates.values()]
+        images = [f"{n:.2g}" if n < 10 else f"{n:,.0f}" for n in even]
+        rows.append([*row, f"{work / 1e9:.2f} G", *images])
+    header = ["preset", "gradients", "sent by each of 8 GPUs", "multiply-adds per image"]
+    header += [f"break-even, {name}" for name in rates]
+    return f"{markdown(header, rows)}\n\nCounted by commit {measured['provenance']['commit']}."

@@ -1,0 +1,239 @@
+"""Compute bounds of given images, and how well they separate two sets of images.
+
+    python -m tools.score_images RUN my/pictures
+    python -m tools.score_images RUN static_mnist --against my/pictures
+    torchrun --nproc-per-node 8 -m tools.score_images RUN static_mnist --against my/pictures
+
+IMAGES is a data set or a folder of image files. Writes scores-NAME.csv and, with --against,
+auroc.json and roc.png into RUN/eval/STEP/. The same command resumes an interrupted scoring.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyro
+
+import datasets
+from datasets import ImageSet
+from evaluate import (
+    add_bound_options,
+    add_ladder_options,
+    choose_images,
+    load_ladder,
+    output_folder,
+    parse,
+)
+from ladder import Ladder
+from ladder_vae.evaluation.ood import (
+    Roc,
+    bound_columns,
+    is_ratio,
+    outlier_scores,
+    roc,
+    write_scores,
+)
+from ladder_vae.evaluation.scoring import ProgressFile
+from ladder_vae.reports.charts import draw_roc
+from ladder_vae.reports.html import update_evaluation_report
+from ladder_vae.runs.command_line import OneLineParser
+from runtime.device import keep_freed_memory
+from runtime.distributed import Ranks, joined_ranks
+from runtime.errors import UserError, run_command
+from runtime.files import write_json
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m tools.score_images",
+        description="Compute bounds on the log-likelihood of given images.",
+    )
+    add_ladder_options(parser)
+    parser.add_argument("images", metavar="IMAGES", help="a data set, or a folder of images")
+    add_bound_options(parser)
+    parser.add_argument(
+        "--against",
+        metavar="IMAGES",
+        help="also score these images, and report the AUROC of separating them from IMAGES",
+    )
+    parser.add_argument(
+        "--prior-layers",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="also compute the bound with the lowest K layers drawn from their priors, and its "
+        "difference from the full bound (default: half of the layers)",
+    )
+    return parse(parser, argv)
+
+
+def choose_prior_layers(given: Sequence[int] | None, depth: int) -> list[int]:
+    """The numbers of layers to draw from their priors: `given`, or half of the layers.
+
+    Raises `UserError` for numbers that are not between 1 and `depth` - 1.
+    """
+    if given is None:
+        return [depth // 2] if depth > 1 else []
+    if depth == 1:
+        raise UserError("--prior-layers needs two layers or more, and the ladder has one")
+    if wrong := [k for k in given if not 1 <= k < depth]:
+        raise UserError(f"--prior-layers is {wrong[0]}; it must be from 1 to {depth - 1}")
+    return list(given)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The bounds of one set of images."""
+
+    images: ImageSet
+    labels: Sequence[str] | Sequence[int]  # file names, or numbers in the split
+    columns: Mapping[str, np.ndarray]  # as of `bound_columns`
+    progress: Sequence[ProgressFile]  # to be removed when the scores are saved
+
+
+def score_set(
+    ladder: Ladder,
+    images: ImageSet,
+    files: Sequence[str] | None,
+    folder: Path,
+    *,
+    samples: Sequence[int],
+    layers: Sequence[int],
+    batch_size: int,
+    seed: int,
+    limit: int | None,
+    ranks: Ranks,
+) -> Scores:
+    """The bounds of a set, in full and with each number in `layers` drawn from the prior."""
+    index = choose_images(images, limit, seed)
+    scored = {
+        k: ladder.score(
+            images,
+            index,
+            samples,
+            folder,
+            batch_size=batch_size,
+            seed=seed,
+            from_prior=k,
+            ranks=ranks,
+        )
+        for k in (0, *layers)
+    }
+    bounds = {k: bounds for k, (bounds, _) in scored.items()}
+    columns = bound_columns(bounds.pop(0), bounds)
+    labels = index.tolist() if files is None else [files[i] for i in index.tolist()]
+    return Scores(images, labels, columns, [progress for _, progress in scored.values()])
+
+
+def print_scores(scores: Scores, path: Path) -> None:
+    print(f"{scores.images.name}, {len(scores.labels):,} {scores.images.split} images: {path}")
+    for name, values in scores.columns.items():
+        print(f"  {name:<24}{values.mean():>12.2f} nats (mean)")
+
+
+def separate(
+    inliers: Scores, outliers: Scores, samples: int, folder: Path
+) -> tuple[str, dict[str, Roc]]:
+    """Draw how well each score separates two sets; returns a title and the curves by score."""
+    inlying, outlying = (outlier_scores(scores.columns) for scores in (inliers, outliers))
+    curves = {name: roc(inlying[name], outlying[name]) for name in inlying}
+    title = f"Separating {outliers.images.name} from {inliers.images.name}"
+    drawn = [f"bound_{samples}", *(name for name in curves if is_ratio(name))]
+    points = {
+        name: (curve.false_positive_rate, curve.true_positive_rate, curve.auroc)
+        for name, curve in curves.items()
+        if name in drawn
+    }
+    draw_roc(folder / "roc.png", points, title=title)
+    return title, curves
+
+
+def print_curves(title: str, curves: Mapping[str, Roc], folder: Path) -> None:
+    print(f"{title}: AUROC")
+    for name, curve in curves.items():
+        error = "" if curve.standard_error is None else f" ± {curve.standard_error:.4f}"
+        print(f"  {name:<24}{curve.auroc:>12.4f}{error}")
+    print(f"metrics   {folder / 'auroc.json'}, {folder / 'roc.png'}")
+
+
+def load_sets(
+    ladder: Ladder, names: Sequence[str], split: str, data_dir: Path
+) -> list[tuple[ImageSet, Sequence[str] | None]]:
+    """The images of each data set or folder, with the names of a folder's files."""
+    sets: list[tuple[ImageSet, Sequence[str] | None]] = [
+        (ladder.images(split, data_dir, name), None)
+        if name in datasets.NAMES
+        else ladder.images_in(Path(name))
+        for name in names
+    ]
+    if len({images.name for images, _ in sets}) < len(sets):
+        raise UserError(f"both sets are called {sets[0][0].name}; give another one to --against")
+    return sets
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    keep_freed_memory()
+    advice = "; the same command resumes the scoring"
+    with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
+        ladder = load_ladder(arguments, ranks.local_rank)
+        folder = output_folder(arguments, ladder)
+        layers = choose_prior_layers(arguments.prior_layers, ladder.depth)
+        names = [name for name in (arguments.images, arguments.against) if name is not None]
+        batch_size = arguments.batch_size or ranks.share(ladder.batch_size())
+        found = [
+            score_set(
+                ladder,
+                images,
+                files,
+                folder,
+                samples=arguments.samples,
+                layers=layers,
+                batch_size=batch_size,
+                seed=arguments.seed,
+                limit=arguments.limit,
+                ranks=ranks,
+            )
+            for images, files in load_sets(ladder, names, arguments.split, arguments.data_dir)
+        ]
+        if ranks.is_first:
+            save(ladder, found, folder, arguments, batch_size)
+    return 0
+
+
+def save(
+    ladder: Ladder,
+    found: Sequence[Scores],
+    folder: Path,
+    arguments: argparse.Namespace,
+    batch_size: int,
+) -> None:
+    """Write and print all scores, and remove the progress files."""
+    for scores in found:
+        path = folder / f"scores-{scores.images.name}.csv"
+        write_scores(path, scores.labels, scores.columns)
+        print_scores(scores, path)
+    if len(found) == 2:
+        title, curves = separate(*found, arguments.samples[-1], folder)
+        results = {
+            "inliers": found[0].images.name,
+            "outliers": found[1].images.name,
+            "split": arguments.split,
+            "auroc": {name: curve.auroc for name, curve in curves.items()},
+            "standard_error": {name: curve.standard_error for name, curve in curves.items()},
+            "seed": arguments.seed,
+            "limit": arguments.limit,
+            "batch_size": batch_size,
+            **ladder.origin(),
+        }
+        write_json(folder / "auroc.json", results)
+        update_evaluation_report(folder, ladder.run)
+        print_curves(title, curves, folder)
+    for progress in (progress for scores in found for progress in scores.progress):
+        progress.remove()
+
+
+if __name__ == "__main__":
+    run_command(main)

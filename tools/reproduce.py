@@ -3,8 +3,9 @@
     python -m tools.reproduce mnist-12 --minutes 20 --out runs/mnist-12
     python -m tools.reproduce cifar10-15 --minutes 20 --samples 1 100 --dry-run
 
-Trains the row's network with its `-fast` preset, evaluates the whole test set with 1, 100 and 1,000
-samples (CelebA: the `valid` images, as in the original), draws the pictures and exports the weights:
+Trains the row's network with its `-fast` preset, evaluates all test images with 1, 100 and 1,000
+samples (for CelebA the `valid` images, as in the original), draws the pictures and exports the
+weights:
 
     FOLDER/run/                                               the run, as train_svi.py writes it
     FOLDER/metrics.json, per_image.npz, *.png, report.html    as evaluate.py writes them
@@ -324,7 +325,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("give either --out FOLDER or --dry-run, which writes nothing")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this command runs as a single process: start it without torchrun")
-    config_of(preset_options(arguments) | {"steps": 1})  # raises for invalid options
+    config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
 
 
 def main(argv: Sequence[str] | None = None) -> int:

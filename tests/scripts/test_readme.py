@@ -251,14 +251,14 @@ def test_the_pages_lead_from_a_run_to_its_weights_and_pictures(
     (tmp_path / "runs").mkdir()
     for name in ("mnist-12", "mnist-3"):
         shutil.copytree(trained_copy, tmp_path / "runs" / name)
+    export = "python -m tools.export_weights runs/mnist-12 --checkpoint best"
+    evaluation = "runs/mnist-12/eval/30"
     outputs = {
-        "python evaluate.py runs/mnist-12 --samples 1 100 1000": "runs/mnist-12/eval/30/samples.png",
+        "python evaluate.py runs/mnist-12 --samples 1 100 1000": f"{evaluation}/samples.png",
         "python evaluate.py runs/mnist-3 --samples 1 100 1000": "runs/mnist-3/eval/30/report.html",
         "python -m tools.report runs/mnist-12": "runs/mnist-12/report.html",
-        "python -m tools.inpaint runs/mnist-12 --mask bottom": "runs/mnist-12/eval/30/inpainting.png",
-        "python -m tools.export_weights runs/mnist-12 --checkpoint best --out mnist-12.safetensors": (
-            "mnist-12.safetensors"
-        ),
+        "python -m tools.inpaint runs/mnist-12 --mask bottom": f"{evaluation}/inpainting.png",
+        f"{export} --out mnist-12.safetensors": "mnist-12.safetensors",
         "python -m tools.import_weights mnist-12.safetensors --out runs/mnist-12-published": (
             "runs/mnist-12-published/config.json"
         ),

@@ -4,7 +4,7 @@
 
 Each recipe trains a small ladder on the training images of static MNIST, on as many images as 2,000
 steps of 64 see, and is evaluated on the validation images; the test images are not used. Writes a
-file per recipe and seed to results/recipes/; docs/reproduce.md shows them.
+file per recipe and seed to results/recipes/.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from ladder_vae.training.trainer import train
 from runtime.errors import run_command
 from runtime.files import write_json
 
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")
 IMAGES = 128_000
 # The setting, without what the recipes change.
@@ -180,7 +180,7 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
         minutes = (time.monotonic() - began) / 60
         last = newest(finite_entries(folder / "metrics.jsonl"), "train/negative_elbo") or {}
         bounds = {} if recipe.is_deep else _bounds(folder, config, data_dir)
-    path = RESULTS / "recipes" / f"{name}-seed-{seed}.json"
+    path = RESULTS / f"{name}-seed-{seed}.json"
     content = {
         "recipe": name,
         "says": recipe.says,

@@ -282,7 +282,7 @@ def test_a_recipe_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(recipes, "BOUND_IMAGES", 4)
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     assert recipes.main(["cosine-1e-2", "--seed", "7"]) == 0
-    found = read(tmp_path / "recipes" / "cosine-1e-2-seed-7.json")
+    found = read(tmp_path / "cosine-1e-2-seed-7.json")
     assert (found["steps"], found["batch_size"], found["iw_images"]) == (4, 64, 4)
     assert found["iw"].keys() == {"1", "100"}
     assert found["elbo"] != found["elbo_of_last_weights"]

@@ -304,7 +304,9 @@ def any_ladder(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 12, 30, 1000])
-def test_bounds_do_not_depend_on_the_block_size(any_ladder: tuple[Any, Any], batch_size: int) -> None:
+def test_bounds_do_not_depend_on_the_block_size(
+    any_ladder: tuple[Any, Any], batch_size: int
+) -> None:
     """With the same noise: images alone or with others, samples in one chunk or in many."""
     images, samples = made_images(6), [1, 2, 5, 24]
     alone = bounds_with_noise(any_ladder, images, samples, 24)

@@ -123,7 +123,12 @@ def test_more_unreliable_images_cause_a_warning(above: int, of: int, share: str)
     bounds = made_bounds(importance_weighted={1000: doubles(-3, -5, -7)}, pareto_k=k_hat)
     found = warning(bounds, 1000)
     assert found is not None
-    for part in ("1,000 samples", "does not approximate", f"for {share} of the images", "k-hat above 0.7"):
+    for part in (
+        "1,000 samples",
+        "does not approximate",
+        f"for {share} of the images",
+        "k-hat above 0.7",
+    ):
         assert part in found
     assert "\n" not in found
     assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE)["warning"] is not None

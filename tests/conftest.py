@@ -15,18 +15,12 @@ import train_svi
 from guide import LadderGuide
 from ladder_vae.runs.options import RunConfig
 from model import LadderModel
-from tests.commands import run, words
+from tests.commands import run
+from tests.tiny_runs import TRAINED_RUN
 
 IMAGE_SHAPE = (1, 8, 10)
 
 torch.set_num_threads(1)  # threads do not help networks this small
-
-# The run of `trained_run`: a tiny ladder on digits, with everything that a run folder can hold.
-TRAINED_RUN = words(
-    "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --ema 0.9 "
-    "--test-batch-size 297 --beta-anneal 10 --device cpu --steps 30 --tr-log-interv 10 "
-    "--ts-log-interv 15 --ll-interv 15 --ll-samples 2 --ckpt-interv 10 --keep-checkpoints 2"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Tables of results, and the Markdown writer that all of them share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ladder_vae.evaluation.metrics import Metrics
@@ -19,16 +19,20 @@ class Column:
 
 def markdown(columns: Sequence[Column]) -> str:
     """A Markdown table, aligned in its source too."""
-    return _lines(zip(*(_rendered(column) for column in columns), strict=True))
+    rendered = [_rendered(column) for column in columns]
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*rendered, strict=True))
 
 
-def markdown_rows(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table from its rows, without alignment."""
-    return _lines([header, ["---"] * len(header), *rows])
-
-
-def _lines(rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown_rows(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()
+) -> str:
+    """A Markdown table from its rows; the columns with the indices `numbers` hold numbers."""
+    return markdown(
+        [
+            Column(title, [row[i] for row in rows], is_number=i in numbers)
+            for i, title in enumerate(header)
+        ]
+    )
 
 
 def _rendered(column: Column) -> list[str]:

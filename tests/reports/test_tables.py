@@ -17,8 +17,13 @@ def test_a_markdown_table_is_aligned() -> None:
         "| a\\|b c |         1 |",
         "| d      | **1,000** |",
     ]
-    rows = markdown_rows(["name", "n"], [["a", "1"], ["b", "10"]])
-    assert rows.splitlines() == ["| name | n |", "| --- | --- |", "| a | 1 |", "| b | 10 |"]
+    rows = markdown_rows(["name", "n"], [["a", "1"], ["b", "10"]], numbers=[1])
+    assert rows.splitlines() == [
+        "| name |   n |",
+        "| ---- | --: |",
+        "| a    |   1 |",
+        "| b    |  10 |",
+    ]
 
 
 def test_layers_are_named_from_both_ends() -> None:

@@ -34,7 +34,7 @@ from ladder_vae.reports.tables import layer_name
 from runtime.random import torch_seed
 
 _SAMPLES, _RECONSTRUCTIONS, _GRID, _STEPS, _KL_IMAGES = 64, 32, 8, 10, 1000
-# The total number of rows in layers.png: a deep ladder has one row per layer, a shallow one several.
+# The rows of layers.png altogether: a deep ladder has one row per layer, a shallow one several.
 _ROWS_OF_OVERVIEW = 16
 
 

@@ -62,10 +62,10 @@ def build_trainer(
             for split in (config.train_split, config.held_out_split)
         ]
     )
-    torch.manual_seed(config.seed)
-    model, guide = build_ladder(config.ladder, images.shape)
     elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
+    torch.manual_seed(config.seed)
     with as_user_errors():
+        model, guide = build_ladder(config.ladder, images.shape)
         return Trainer(config, elbo(model, guide), images, held_out, device, ranks)
 
 

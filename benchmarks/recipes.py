@@ -7,6 +7,7 @@ steps of 64 see, and is evaluated on the validation images; the test images are 
 file per recipe and seed to results/recipes/.
 """
 
+import argparse
 import math
 import tempfile
 import time
@@ -221,12 +222,16 @@ def _bounds(folder: Path, config: RunConfig, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser("recipes", "Compare recipes for short training budgets.")
     parser.add_argument("names", nargs="+", choices=tuple(RECIPES), metavar="RECIPE")
     parser.add_argument("--seed", type=int, default=42, help="of the training (default: 42)")
     add_data_dir(parser)
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
     with pyro.validation_enabled(False):
         for name in arguments.names:
             print(f"results   {run(name, arguments.seed, arguments.data_dir)}", flush=True)

@@ -10,22 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
 import train_svi
 from guide import LadderGuide
 from ladder_vae.runs.options import RunConfig
 from model import LadderModel
-from tests.commands import run, words
+from tests.commands import run
+from tests.tiny_runs import TRAINED_RUN
 
 IMAGE_SHAPE = (1, 8, 10)
 
 torch.set_num_threads(1)  # threads do not help networks this small
-
-# The run of `trained_run`: a tiny ladder on digits, with everything that a run folder can hold.
-TRAINED_RUN = words(
-    "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4 --batch-size 32 --ema 0.9 "
-    "--test-batch-size 297 --beta-anneal 10 --device cpu --steps 30 --tr-log-interv 10 "
-    "--ts-log-interv 15 --ll-interv 15 --ll-samples 2 --ckpt-interv 10 --keep-checkpoints 2"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +29,14 @@ def clean_start() -> None:
     pyro.enable_validation(True)
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make `tmp_path` the current folder, and ignore LVAE_DATA."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LVAE_DATA", raising=False)
+    return tmp_path
 
 
 @pytest.fixture
@@ -86,6 +89,21 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert run(train_svi.main, *TRAINED_RUN, "--out", folder).code == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `trained_run` whose step 30 is evaluated on 40 images with 1 and 30 samples."""
+    folder = Path(shutil.copytree(trained_run, tmp_path_factory.mktemp("evaluated") / "run"))
+    options = words("--samples 1 30 --limit 40 --device cpu")
+    assert run(evaluate.main, folder, *options).code == 0
+    return folder
+
+
+@pytest.fixture
+def evaluated_copy(evaluated_run: Path, tmp_path: Path) -> Path:
+    """A copy of `evaluated_run` that the test may change."""
+    return Path(shutil.copytree(evaluated_run, tmp_path / "run"))
 
 
 @pytest.fixture

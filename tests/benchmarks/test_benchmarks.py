@@ -22,6 +22,7 @@ from benchmarks import (
 )
 from benchmarks.harness.lines import Case, Line
 from tests.commands import refusal
+from tools.benchmark_tables import recipes_table
 
 PNG = b"\x89PNG"
 
@@ -285,6 +286,8 @@ def test_a_recipe_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.M
     assert (found["steps"], found["batch_size"], found["iw_images"]) == (4, 64, 4)
     assert found["iw"].keys() == {"1", "100"}
     assert found["elbo"] != found["elbo_of_last_weights"]
+    options = "`--lr 1e-2 --lr-warmup 100 --lr-decay cosine --ema 0.99`"
+    assert f"| `cosine-1e-2` | {options} |    7 |     4 | " in recipes_table([found])
 
 
 def test_changes_of_the_network_end_with_the_recipe(

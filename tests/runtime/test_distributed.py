@@ -1,25 +1,33 @@
-"""A process on its own among ranks; several of them are in test_scoring.py."""
+"""What processes share: values, errors and files."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from runtime.distributed import Ranks, joined_ranks
+from runtime.distributed import ONE_PROCESS, Launch, Ranks, joined_ranks
+from runtime.errors import UserError
+from tests.processes import in_processes
 
 
-def test_a_process_on_its_own_shares_with_itself() -> None:
-    ranks = Ranks()
+def test_a_single_process_shares_with_itself() -> None:
     value = {"a": 1}
-    assert ranks.is_first
-    assert ranks.share(value) is value
-    assert ranks.collect(value) == [value]
+    assert ONE_PROCESS.is_first
+    assert ONE_PROCESS.share(value) is value
+    assert ONE_PROCESS.collect(value) == [value]
+    assert ONE_PROCESS.largest(1.0, 2.0) == [1.0, 2.0]
+    assert ONE_PROCESS.in_turns(lambda: value) is value
+    assert ONE_PROCESS.reports()
 
 
-def test_the_first_rank_is_the_first() -> None:
+def test_the_first_process_of_all_machines_is_the_first() -> None:
     assert Ranks(0, 4, 0).is_first
-    assert not Ranks(2, 4, 0).is_first  # the first of another machine
+    assert not Ranks(2, 4, 0).is_first  # the first on another machine
 
 
 @pytest.mark.parametrize("size", [None, "1"])
-def test_without_torchrun_there_is_one_rank(
+def test_without_torchrun_there_is_one_process(
     size: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -27,3 +35,50 @@ def test_without_torchrun_there_is_one_rank(
         monkeypatch.setenv("WORLD_SIZE", size)
     with joined_ranks() as ranks:
         assert ranks == Ranks(rank=0, size=1, local_rank=0)
+    assert Launch.of_environment() == Launch(None, 0, 1)
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_processes_share_values() -> None:
+    def work(ranks: Ranks) -> list[object]:
+        own = [ranks.rank, 10 - ranks.rank]
+        shared, collected = ranks.share(ranks.rank + 5), ranks.collect(ranks.rank)
+        return [shared, collected, ranks.largest(*own)]
+
+    assert in_processes(2, work) == [[5, [0, 1], [1.0, 10.0]]] * 2
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_one_process_makes_a_file_and_the_others_find_it() -> None:
+    """On two machines with a folder each: the last of three processes is on the second machine."""
+
+    def work(ranks: Ranks) -> str:
+        machine = Path("b" if ranks.rank == 2 else "a")
+        ranks = replace(ranks, local_rank=0 if ranks.rank == 2 else ranks.rank)
+
+        def make() -> str:
+            if (machine / "data").exists():
+                return "found"
+            time.sleep(0.1)
+            machine.mkdir()
+            (machine / "data").touch()
+            return "made"
+
+        return ranks.in_turns(make)
+
+    assert in_processes(3, work) == ["made", "found", "made"]
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_error_of_one_process_is_raised_by_all(where: int) -> None:
+    def work(ranks: Ranks) -> str:
+        def make() -> None:
+            if ranks.rank == where:
+                raise UserError(f"process {ranks.rank} has no data")
+
+        with pytest.raises(UserError) as refused:
+            ranks.in_turns(make)
+        return str(refused.value)
+
+    assert in_processes(2, work) == [f"process {where} has no data"] * 2

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ import train_svi
 from ladder_vae.runs.command_line import config_from, given_options
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.training.resume import CHANGEABLE
+from tests.commands import run
 from tools import readme_tables
 
 ROOT = readme_tables.ROOT
@@ -239,6 +241,37 @@ def test_command_lines_are_understood(command: str) -> None:
         check_training(arguments)
     if words[1] == "tools.import_reference":
         assert config_from(arguments).ladder.z_dims == [32, 32, 32]
+
+
+def test_the_pages_lead_from_a_run_to_its_weights_and_pictures(
+    trained_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands that a reader tries on a trained run, word for word but for the run's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("mnist-12", "mnist-3"):
+        shutil.copytree(trained_copy, tmp_path / "runs" / name)
+    export = "python -m tools.export_weights runs/mnist-12 --checkpoint best"
+    evaluation = "runs/mnist-12/eval/30"
+    outputs = {
+        "python evaluate.py runs/mnist-12 --samples 1 100 1000": f"{evaluation}/samples.png",
+        "python evaluate.py runs/mnist-3 --samples 1 100 1000": "runs/mnist-3/eval/30/report.html",
+        "python -m tools.report runs/mnist-12": "runs/mnist-12/report.html",
+        "python -m tools.inpaint runs/mnist-12 --mask bottom": f"{evaluation}/inpainting.png",
+        f"{export} --out mnist-12.safetensors": "mnist-12.safetensors",
+        "python -m tools.import_weights mnist-12.safetensors --out runs/mnist-12-published": (
+            "runs/mnist-12-published/config.json"
+        ),
+        "python -m tools.compare runs/mnist-3 runs/mnist-12": "comparison.csv",
+    }
+    for command, output in outputs.items():
+        assert command in commands("python")
+        module, given = script_of(shlex.split(command)[1:])
+        if module.__name__ == "evaluate":
+            given = [*given[:-3], "1", "5", "--limit", "10"]  # as it stands it takes minutes
+        result = run(module.main, *given)
+        assert result.code == 0, result.err
+        assert (tmp_path / output).exists(), result.out
 
 
 def test_other_commands_are_known() -> None:

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
@@ -163,13 +163,20 @@ def _call(environment: dict[str, str], function: Callable[..., Any], values: Any
 
 
 def in_fresh_processes(count: int, function: Callable[..., Any], *values: Any) -> list[Any]:
-    """The results of a function in `count` fresh processes that work together."""
+    """The results of a function in `count` fresh processes that work together.
+
+    If one of them fails, the others are killed, which might otherwise wait for it.
+    """
+    others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, mp_context=context) as pool:
         calls = [pool.submit(_call, e, function, values) for e in rank_environments(count)]
-        try:
-            return [call.result() for call in calls]
-        except BrokenProcessPool:
-            raise UserError(
-                "a process of the benchmark was killed: is there enough memory?"
-            ) from None
+        finished, _ = wait(calls, return_when=FIRST_EXCEPTION)
+        errors = [error for call in finished if (error := call.exception()) is not None]
+        if errors:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            if isinstance(errors[0], BrokenProcessPool):
+                raise UserError("a process was killed: it may have run out of memory")
+            raise errors[0]
+        return [call.result() for call in calls]

@@ -1,6 +1,7 @@
 """The durability benchmark's campaign of kills, and benchmarks that start many processes."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 from benchmarks import durability, memory, parallel
+from benchmarks.harness.processes import in_fresh_processes
+from runtime.distributed import joined_ranks
+from runtime.errors import UserError
 
 
 def test_durability(tmp_path: Path) -> None:
@@ -43,7 +47,26 @@ def test_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak grows with the batch."""
     monkeypatch.setattr(memory, "RESULT", tmp_path / "memory.json")
-    assert memory.main(["--presets", "digits", "--batch-size", "1024"]) == 0
+    assert memory.main(["--presets", "digits", "--batch-size", "64"]) == 0
     found = json.loads((tmp_path / "memory.json").read_text())["figures"]["digits"]
     for peaks in found.values():
-        assert peaks["peak_bytes"]["1024"] > peaks["peak_bytes"]["2"] + 2**20
+        assert peaks["peak_bytes"]["64"] > peaks["peak_bytes"]["2"]
+
+
+def fail_on_one(number: int) -> None:
+    with joined_ranks() as ranks:
+        if ranks.rank == number:
+            raise UserError(f"process {number} fails")
+        ranks.share(0)  # waits for the other one
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_failing_process_ends_the_others() -> None:
+    for number in (0, 1):
+        with pytest.raises(UserError, match=f"process {number} fails|a process was killed"):
+            in_fresh_processes(2, fail_on_one, number)
+    with pytest.raises(UserError, match="a process was killed"):
+        in_fresh_processes(1, killed)

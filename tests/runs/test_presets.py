@@ -1,4 +1,4 @@
-"""Every preset's ladder, narrowed: one training step and one evaluation on made images."""
+"""Every preset with a narrow ladder: one training step and one evaluation of random images."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def trained(
 def test_one_step_and_one_evaluation(
     trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Figures of all layers, bits per dimension for colour, pictures of the right size."""
+    """Metrics of all layers, bits per dimension for colour images, pictures of the right size."""
     name, folder = trained
     dataset = PRESETS[name]["dataset"]
     channels, height, width = datasets.image_shape(dataset)

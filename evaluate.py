@@ -52,33 +52,26 @@ def evaluate(
 
     Args:
         ladder: the ladder to evaluate.
-        images: the images of a split, or some of them (see `limit`).
+        images: a split of a data set.
         folder: where to write.
         samples: the numbers K of importance samples, ascending.
         batch_size: images times samples per pass; None to choose it by network and device.
-        seed: of all noise, and of the choice of `limit` random images.
+        seed: random seed of all noise, and of the images that `limit` chooses.
         temperature: factor on the prior's standard deviations in samples.png, for all layers or
             for each from the bottom.
         limit: evaluate this many random images; None for all.
-        ranks: the processes that share the work. The first one writes.
-        check: called before each group of images; may raise to interrupt the evaluation, which
-            resumes when it is called again.
+        ranks: the processes that share the work; the first one writes.
+        check: called before each group of images; may raise to interrupt the evaluation. The same
+            call resumes it.
 
-    Returns:
-        The content of metrics.json, in every process.
+    Returns the content of metrics.json, in every process.
     """
     check_temperature(temperature, ladder.depth)
     index = choose_images(images, limit, seed)
     size: int = batch_size or ranks.share(ladder.batch_size())
+    curve = curve_samples(samples)
     bounds, progress = ladder.score(
-        images,
-        index,
-        curve_samples(samples),
-        folder,
-        batch_size=size,
-        seed=seed,
-        ranks=ranks,
-        check=check,
+        images, index, curve, folder, batch_size=size, seed=seed, ranks=ranks, check=check
     )
     blocks = Blocks.of(size, samples[-1])
     results = metrics(bounds, samples, images.shape) | {
@@ -91,22 +84,34 @@ def evaluate(
         **ladder.origin(),
     }
     if ranks.is_first:
-        draw_album(
-            folder,
-            ladder.model,
-            ladder.guide,
-            ladder.run.config.ladder,
-            images,
-            temperature=temperature,
-            batch_size=size,
-            seed=seed,
-        )
         draw_charts(folder, bounds, results)
+        draw_pictures(ladder, images, folder, temperature, size, seed)
         write_per_image(folder / "per_image.npz", bounds, index)
         write_json(folder / "metrics.json", results)
         write_evaluation_report(folder, ladder.run, results)
         progress.remove()
     return results
+
+
+def draw_pictures(
+    ladder: Ladder,
+    images: ImageSet,
+    folder: Path,
+    temperature: float | Sequence[float],
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Draw samples, reconstructions and what each layer encodes; see `evaluate`."""
+    draw_album(
+        folder,
+        ladder.model,
+        ladder.guide,
+        ladder.run.config.ladder,
+        images,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+    )
 
 
 def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:

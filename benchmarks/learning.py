@@ -24,7 +24,6 @@ from typing import Any
 
 import pyro
 import torch
-from ladder_vae.training.trainer import train
 from torch import Tensor
 
 import datasets
@@ -43,6 +42,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.signals import Interruption
+from ladder_vae.training.trainer import train
 from runtime.device import keep_freed_memory
 from runtime.errors import UserError, run_command
 from runtime.files import write_json

@@ -78,7 +78,7 @@ def _step_seconds(ranks: Ranks, preset: str, steps: int) -> list[float]:
     if ranks.size > 1:
         replicas = Replicas(loss_fn, ranks, CPU)
         replicas.warm_up(x)
-        svi.forward, svi.reduce = replicas.module, replicas.average
+        replicas.attach(svi)
     taken = []
     for _ in range(1 + steps):
         start = time.perf_counter()

@@ -1,19 +1,17 @@
 """Recipes for short training budgets, compared on a small ladder.
 
-    python -m benchmarks.recipes run reference cosine-3e-3 [--seed 1] [--data-dir data]
-    python -m benchmarks.recipes table
+    python -m benchmarks.recipes reference cosine-3e-3 [--seed 1] [--data-dir data]
 
 Each recipe trains a small ladder on the training images of static MNIST, on as many images as 2,000
-steps of 64 see, and is evaluated on the validation images; the test images are not used. `run`
-writes a file per recipe and seed to results/recipes/, and `table` makes results/recipes.md of them.
+steps of 64 see, and is evaluated on the validation images; the test images are not used. Writes a
+file per recipe and seed to results/recipes/.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from ladder_vae.training.trainer import train
 from torch import Tensor, nn
 
 import evaluate
@@ -40,10 +37,11 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.signals import Interruption
+from ladder_vae.training.trainer import train
 from runtime.errors import run_command
-from runtime.files import write_atomically, write_json
+from runtime.files import write_json
 
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")
 IMAGES = 128_000
 # The setting, without what the recipes change.
@@ -123,7 +121,7 @@ class Recipe:
 
     def config(self, seed: int) -> RunConfig:
         """The configuration of a run; all recipes of a kind see the same number of images."""
-        config = config_of_text(f"{SETTING} {self.options}")
+        config = config_of_text(f"{SETTING} {self.options} --steps 1")
         steps = (DEEP_IMAGES if self.is_deep else IMAGES) // config.batch_size
         return replace(config, steps=steps, seed=seed, ts_log_interv=0, ckpt_interv=0)
 
@@ -182,7 +180,7 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
         minutes = (time.monotonic() - began) / 60
         last = newest(finite_entries(folder / "metrics.jsonl"), "train/negative_elbo") or {}
         bounds = {} if recipe.is_deep else _bounds(folder, config, data_dir)
-    path = RESULTS / "recipes" / f"{name}-seed-{seed}.json"
+    path = RESULTS / f"{name}-seed-{seed}.json"
     content = {
         "recipe": name,
         "says": recipe.says,
@@ -224,128 +222,19 @@ def _bounds(folder: Path, config: RunConfig, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def table() -> str:
-    """All results in results/recipes/ as markdown, best bound first."""
-    found = [json.loads(path.read_text()) for path in (RESULTS / "recipes").glob("*.json")]
-    small = sorted((f for f in found if "iw" in f), key=lambda f: f["iw"]["100"])
-    deep = sorted((f for f in found if "iw" not in f), key=lambda f: f["recipe"])
-    places = sorted({_place(result["provenance"]) for result in found})
-    parts = [
-        "# Recipes for a short budget",
-        _INTRODUCTION,
-        _markdown(_HEADER, [_row(result) for result in small]),
-        _legend(small),
-        *([_OF_DEEP, _markdown(_HEADER_OF_DEEP, map(_deep_row, deep)), _legend(deep)] * bool(deep)),
-        f"Obtained on {'; '.join(places)}.",
-        _CHOSEN,
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *rows])
-
-
-def _legend(found: Sequence[Mapping[str, Any]]) -> str:
-    there = {result["recipe"] for result in found}
-    return "\n".join(f"- `{name}`: {RECIPES[name].says}" for name in RECIPES if name in there)
-
-
-_HEADER = [
-    "recipe",
-    "seed",
-    "steps x batch",
-    "ELBO",
-    "of the last weights",
-    "100 samples",
-    "skipped",
-]
-_HEADER_OF_DEEP = ["recipe", "steps x batch", "training ELBO", "gradient norm", "skipped"]
-_INTRODUCTION = f"""\
-Written by `python -m benchmarks.recipes table` from [recipes/](recipes). Each recipe trains a small
-ladder on the training images of static MNIST, on the same number of images: {IMAGES:,}. Negative
-bounds in nats on the validation images: the ELBO on all 10,000, with the moving average if there is
-one; the bound with 100 samples on the same random 1,000 for all recipes, which makes differences
-between rows more certain than the values themselves (standard errors of 0.3 and 0.8). The test
-images were not used.
-
-    {SETTING.removesuffix(" --ll-interv 0")}"""
-_OF_DEEP = f"""\
-A ladder as deep as the twelve-layer rows, with few channels, on {DEEP_IMAGES:,} images, to show
-whether a learning rate is too high for it. Training ELBO and gradient norm are means over the last
-50 steps.
-
-    {DEEP}"""
-_CHOSEN = """\
-## What was chosen
-
-- **Learning rate.** The presets `*-fast` use 5e-3 with a warm-up of 500 steps and cosine decay:
-  half of the best one here, because their ladders are four times as wide. A deep ladder learns at
-  1e-2 too, for the 200 steps observed.
-- **Moving average.** Once the learning rate has decayed to zero it gains little: the last weights
-  are as good to within 0.1 nats. It stays, at 0.999, because it costs almost nothing.
-- **Batch.** These runs do not favour 256, which means a quarter of the steps and is far behind. It
-  was chosen because it keeps a GPU busy, which takes tens of thousands of steps in twenty minutes.
-- **Skipping and clipping.** The default `--grad-spike 100` skipped no update, so nothing had to be
-  clipped.
-- **Dropout** stays as in the rows: two and a half epochs say nothing about the hundred and more of
-  a row.
-
-These runs cannot show the best learning rate of a full-size ladder. Short runs on a GPU can:
-`python -m tools.reproduce ROW --minutes 3 --train-split train --split valid --limit 2000
---samples 1 100 --out FOLDER`."""
-
-
-def _row(result: Mapping[str, Any]) -> list[str]:
-    last = result["elbo_of_last_weights"]
-    return [
-        *(f"`{result['recipe']}`", str(result["seed"]), _length(result)),
-        f"{result['elbo']:.2f}",
-        "" if last is None else f"{last:.2f}",
-        f"{result['iw']['100']:.2f}",
-        f"{result['skipped_updates']:.0f}",
-    ]
-
-
-def _deep_row(result: Mapping[str, Any]) -> list[str]:
-    return [
-        *(f"`{result['recipe']}`", _length(result)),
-        f"{result['training_elbo']:.1f}",
-        f"{result['gradient_norm']:.0f}",
-        f"{result['skipped_updates']:.0f}",
-    ]
-
-
-def _length(result: Mapping[str, Any]) -> str:
-    return f"{result['steps']:,} x {result['batch_size']}"
-
-
-def _place(origin: Mapping[str, Any]) -> str:
-    return f"{origin['machine']}, commit {origin['commit']}"
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser("recipes", "Compare recipes for short training budgets.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="run|table")
-    running = actions.add_parser("run", help="train and evaluate recipes")
-    running.add_argument("names", nargs="+", choices=tuple(RECIPES), metavar="RECIPE")
-    running.add_argument("--seed", type=int, default=42, help="of the training (default: 42)")
-    add_data_dir(running)
-    actions.add_parser("table", help="write results/recipes.md")
+    parser.add_argument("names", nargs="+", choices=tuple(RECIPES), metavar="RECIPE")
+    parser.add_argument("--seed", type=int, default=42, help="of the training (default: 42)")
+    add_data_dir(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if arguments.action == "run":
-        with pyro.validation_enabled(False):
-            for name in arguments.names:
-                print(f"results   {run(name, arguments.seed, arguments.data_dir)}", flush=True)
-    else:
-        path, text = RESULTS / "recipes.md", table()
-        write_atomically(path, lambda file: file.write(text.encode()))
-        print(f"table     {path}")
+    with pyro.validation_enabled(False):
+        for name in arguments.names:
+            print(f"results   {run(name, arguments.seed, arguments.data_dir)}", flush=True)
     return 0
 
 

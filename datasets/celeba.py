@@ -116,8 +116,8 @@ def _crop(file: IO[bytes]) -> np.ndarray:
 
 def _require_published(folder: Path, path: Path) -> None:
     """Download the needed files that are missing."""
-    wanted = [] if (folder / _PARTITION).exists() else [_PARTITION]
-    if not (folder / _IMAGES).is_dir() and not (folder / f"{_IMAGES}.zip").exists():
+    wanted = [] if os.path.exists(folder / _PARTITION) else [_PARTITION]
+    if not os.path.isdir(folder / _IMAGES) and not os.path.exists(folder / f"{_IMAGES}.zip"):
         wanted.append(f"{_IMAGES}.zip")
     for name in wanted:
         _download(name, folder, path)

@@ -105,7 +105,8 @@ def _decoded(path: Path) -> tuple["Image.Image", int]:
     with reading(path):
         content = io.BytesIO(path.read_bytes())
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(content, formats=_FORMATS)
             frames = getattr(image, "n_frames", 1)
             return ImageOps.exif_transpose(image), frames  # a copy, completely decoded

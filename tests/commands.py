@@ -1,4 +1,4 @@
-"""Scripts run by the tests, in this process or as a user does, and what they leave."""
+"""Commands run by the tests, in this process or in another one, and their results."""
 
 import os
 import re
@@ -18,13 +18,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def words(line: str) -> list[str]:
-    """The arguments of a command line."""
+    """The arguments in a line."""
     return line.split()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a command leaves in a terminal."""
+    """A command's exit code and output."""
 
     code: int
     out: str
@@ -32,7 +32,7 @@ class Result:
 
 
 def run(main: Callable[[Sequence[str]], int], *arguments: object) -> Result:
-    """Run a script in this process, as its last lines do."""
+    """Run a command's `main` in this process."""
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit:
         run_command(lambda: main([str(argument) for argument in arguments]))
@@ -45,12 +45,12 @@ def is_one_line_error(result: Result) -> bool:
     return (
         result.code == 2
         and re.fullmatch(r"error: [^\n]+\n", result.err) is not None
-        and result.err[:-1].isprintable()  # no colours of the terminal either
+        and result.err[:-1].isprintable()  # and no terminal colours
     )
 
 
 def refusal(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
-    """The one line with which a command is refused."""
+    """The one-line error of a command, which must fail without output."""
     result = run(main, *arguments)
     assert is_one_line_error(result), result
     assert result.out == ""
@@ -64,7 +64,7 @@ def subprocess_environment(**changes: str) -> dict[str, str]:
 
 
 def script(name: str, *arguments: object, **changes: str) -> Result:
-    """Run a script as a user does."""
+    """Run a script in a process of its own."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, env=subprocess_environment(**changes), timeout=300
@@ -73,7 +73,7 @@ def script(name: str, *arguments: object, **changes: str) -> Result:
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """All that lies in a folder: bytes of the files, None for folders."""
+    """Everything in a folder: the bytes of files, None for folders."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import evaluate
 import train_svi
 from guide import LadderGuide
 from ladder_vae.runs.options import RunConfig
@@ -88,6 +89,21 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     assert run(train_svi.main, *TRAINED_RUN, "--out", folder).code == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `trained_run` whose step 30 is evaluated on 40 images with 1 and 30 samples."""
+    folder = Path(shutil.copytree(trained_run, tmp_path_factory.mktemp("evaluated") / "run"))
+    options = words("--samples 1 30 --limit 40 --device cpu")
+    assert run(evaluate.main, folder, *options).code == 0
+    return folder
+
+
+@pytest.fixture
+def evaluated_copy(evaluated_run: Path, tmp_path: Path) -> Path:
+    """A copy of `evaluated_run` that the test may change."""
+    return Path(shutil.copytree(evaluated_run, tmp_path / "run"))
 
 
 @pytest.fixture

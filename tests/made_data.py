@@ -1,4 +1,4 @@
-"""Small made data sets in the official formats, and a server for them."""
+"""Small made data sets in the published formats, and a server for them."""
 
 import gzip
 import hashlib
@@ -27,16 +27,19 @@ from runtime.errors import UserError
 
 
 class Server:
-    """Serves ``files`` on the loopback; those in ``cut`` break off halfway."""
+    """Serves `files` on the loopback interface, `cut` and `stalled` ones only up to the middle."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.cut: set[str] = set()
+        self.stalled: set[str] = set()
+        self._stopped = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_port}/"
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
+        self._stopped.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -50,7 +53,10 @@ class Server:
             def do_GET(self) -> None:
                 name = self.path.lstrip("/")
                 body = self._head()
-                self.wfile.write(body[: len(body) // 2] if name in owner.cut else body)
+                partial = name in owner.cut | owner.stalled
+                self.wfile.write(body[: len(body) // 2] if partial else body)
+                if name in owner.stalled:
+                    owner._stopped.wait(10)
 
             def _head(self) -> bytes:
                 name = self.path.lstrip("/")
@@ -80,8 +86,8 @@ class Made:
 
     def __init__(self, server: Server, arrays: dict[str, np.ndarray]) -> None:
         self.server = server
-        self.arrays = arrays  # what the npz file holds
-        self.files = server.files  # what is published
+        self.arrays = arrays  # the npz file's contents
+        self.files = server.files  # the published files
 
     def put_by_hand(self, folder: Path) -> None:
         for name, body in self.files.items():
@@ -124,7 +130,7 @@ def make_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 def make_cifar10(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
-    """Fifteen images in five batches, six to test on."""
+    """Fifteen training images in five batches, and six test images."""
     train, test = levels(15, 32, 32, 3), levels(6, 32, 32, 3)
     labels = {"train": np.arange(15, dtype=np.uint8) % 10, "test": np.arange(6, dtype=np.uint8)}
     batches = {
@@ -174,7 +180,7 @@ def make_svhn(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 def levels(*shape: int) -> np.ndarray:
-    """uint8 of all levels, others for each number of images."""
+    """Random uint8 levels, which depend on the number of images."""
     count = int(np.prod(shape))
     return (256 * draws.uniform(count, shape[0])).astype(np.uint8).reshape(shape)
 
@@ -186,7 +192,7 @@ def cifar10_batch(images: np.ndarray, labels: np.ndarray) -> bytes:
 
 
 def cifar10_digest(images: np.ndarray) -> str:
-    """SHA-256 of the sorted hashes, by Python's own whole numbers."""
+    """SHA-256 of the sorted hashes, by Python's integers."""
     factors = [int(word) | 1 for word in np.random.PCG64(np.random.SeedSequence(0)).random_raw(768)]
     hashes = []
     for image in images:
@@ -227,7 +233,7 @@ def forbid_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(call: Callable[[], object]) -> str:
-    """The one line with which ``call`` is refused."""
+    """The one-line error of `call`."""
     with pytest.raises(UserError) as caught:
         call()
     line = str(caught.value)

@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ladder_vae.reports.tables import markdown_rows
+
 Results = dict[str, Any]
 
 LINE_TITLES = {
@@ -31,15 +33,16 @@ INTERRUPTIONS = {
 # --- Formatting ---
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns of numbers are aligned to the right."""
+    cell = re.compile(r"[-+±\d., ]*(%| GiB| MB| G)?")
+    numbers = [i for i in range(len(header)) if all(cell.fullmatch(row[i]) for row in rows)]
+    return markdown_rows(header, rows, numbers)
 
 
 def measured_table(
     header: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Sequence[Sequence[str]],
     cases: Iterable[Results],
     note: str = "",
 ) -> str:
@@ -102,33 +105,35 @@ def _outcome(found: Results) -> str:
 
 def recipes_table(runs: Sequence[Results]) -> str:
     """Recipes for a short budget, compared in a small setting by benchmarks/recipes.py."""
-    found = [run for run in runs if "iw" in run]
-    setting = min((run["options"] for run in found), key=len)
+    found = sorted((run for run in runs if "iw" in run), key=lambda run: run["iw"]["100"])
     rows = []
-    for run in sorted(found, key=lambda run: run["iw"]["100"]):
-        options, last = run["options"][len(setting) :], run["elbo_of_last_weights"]
-        row = [f"`{' '.join(options)}`" if options else "defaults", str(run["seed"])]
-        row += [f"{run['steps']:,}", f"{run['elbo']:.2f} ± {run['elbo_standard_error']:.2f}"]
+    for run in found:
+        last = run["elbo_of_last_weights"]
+        row = [f"`{run['recipe']}`", _recipe_options(run), str(run["seed"]), f"{run['steps']:,}"]
+        row.append(f"{run['elbo']:.2f} ± {run['elbo_standard_error']:.2f}")
         row.append("" if last is None else f"{last:.2f}")
         row.append(f"{run['iw']['100']:.2f} ± {run['iw_standard_error']['100']:.2f}")
         rows.append([*row, f"{run['skipped_updates']:.0f}"])
-    header = ["options", "seed", "steps", "ELBO", "ELBO of the last weights", "100 samples"]
-    return measured_table([*header, "skipped updates"], rows, found)
+    header = ["recipe", "options", "seed", "steps", "ELBO", "ELBO of the last weights"]
+    return measured_table([*header, "100 samples", "skipped updates"], rows, found)
 
 
 def deep_recipes_table(runs: Sequence[Results]) -> str:
     """Learning rates of a deep ladder in its first steps."""
     found = [run for run in runs if "iw" not in run]
-    rows = [
-        [
-            run["options"][run["options"].index("--lr") + 1],
-            *(f"{run['steps']:,}", f"{run['training_elbo']:.1f}", f"{run['gradient_norm']:.0f}"),
-            f"{run['skipped_updates']:.0f}",
-        ]
-        for run in found
-    ]
-    header = ["learning rate", "steps", "training ELBO", "gradient norm", "skipped updates"]
+    rows = []
+    for run in found:
+        row = [f"`{run['recipe']}`", _recipe_options(run), f"{run['steps']:,}"]
+        row += [f"{run['training_elbo']:.1f}", f"{run['gradient_norm']:.0f}"]
+        rows.append([*row, f"{run['skipped_updates']:.0f}"])
+    header = ["recipe", "options", "steps", "training ELBO", "gradient norm", "skipped updates"]
     return measured_table(header, rows, found)
+
+
+def _recipe_options(run: Results) -> str:
+    """The options that are not the same for all recipes; they begin with the learning rate."""
+    options = run["options"]
+    return f"`{' '.join(options[options.index('--lr') :])}`" if "--lr" in options else "defaults"
 
 
 def memory_table(measured: Results) -> str:

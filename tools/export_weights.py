@@ -1,6 +1,9 @@
-"""Publish the weights of a run as one safetensors file.
+"""Export the weights of a run as one safetensors file, to publish them.
 
-python -m tools.export_weights runs/mnist-12 --out mnist-12.safetensors
+    python -m tools.export_weights runs/mnist-12 --out mnist-12.safetensors
+
+The file holds the weights that evaluation uses (the moving average if there is one), the run's
+configuration and provenance, and a checksum.
 """
 
 import argparse
@@ -15,11 +18,12 @@ from runtime.errors import run_command
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="tools.export_weights", description="Publish the weights of a run as one file."
+        prog="python -m tools.export_weights",
+        description="Export the weights of a run as one safetensors file.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--checkpoint", default="last", metavar="STEP", help="step, best or last (default: last)"
+        "--checkpoint", default="last", metavar="STEP", help="a step, best or last (default: last)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", required=True, help="file to write, .safetensors"

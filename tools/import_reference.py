@@ -1,14 +1,13 @@
-"""Read checkpoints trained with the reference implementation of the ladder.
+"""Import weights that were trained with the original implementation, the reference.
 
-    python reference_checkpoint.py WEIGHTS --out RUN [the options it was trained with]
+    python -m tools.import_reference WEIGHTS --out RUN [the options it was trained with]
 
-writes a run folder that evaluate.py scores. WEIGHTS is the reference's state dict, saved by
-`torch.save` (.pt) or as arrays under `state/NAME` (.npz).
+WEIGHTS is the reference's state dict, saved by `torch.save` (.pt) or as arrays under `state/NAME`
+(.npz). Writes a run folder that evaluate.py can evaluate; training cannot be resumed from it.
 """
 
 import argparse
 import re
-import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 import datasets
 from elbo import FreeBitsELBO
+from evaluate import at_least
 from guide import LadderGuide, build_ladder
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.blocks import ResidualBlock
@@ -27,32 +27,30 @@ from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
 from ladder_vae.runs.run import Run
 from model import LadderModel
 from runtime.errors import UserError, run_command
+from runtime.files import reading
 
-# The reference's constructor arguments, where `RunConfig` has another name for them.
-_CASE_NAMES = {
+# The reference's constructor arguments, and our names for them.
+_NAMES = {
+    "z_dims": "z_dims",
+    "blocks_per_layer": "blocks_per_layer",
+    "downsample": "downsample",
+    "nonlin": "nonlin",
+    "batchnorm": "batchnorm",
+    "n_filters": "n_filters",
+    "learn_top_prior": "learn_top_prior",
+    "gated": "gated",
     "merge_type": "merge_layers",
     "stochastic_skip": "skip",
     "res_block_type": "residual_type",
     "likelihood_form": "likelihood",
 }
-_CPU = torch.device("cpu")
 _ADVICE = "give the options that it was trained with"
-_SAME_NAMES = (
-    "z_dims",
-    "blocks_per_layer",
-    "downsample",
-    "nonlin",
-    "batchnorm",
-    "n_filters",
-    "learn_top_prior",
-    "gated",
-)
+_PREFIX = "state/"  # of the weights' names in an .npz file
 
 
 def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
-    """The `RunConfig` of a network given by the reference's constructor arguments."""
-    values = {name: case[name] for name in _SAME_NAMES if name in case}
-    values |= {ours: case[theirs] for theirs, ours in _CASE_NAMES.items() if theirs in case}
+    """The configuration of a network that is given by the reference's constructor arguments."""
+    values = {ours: case[theirs] for theirs, ours in _NAMES.items() if theirs in case}
     values["dropout"] = case.get("dropout") or 0.0
     values["initial_downscaling"] = not case.get("no_initial_downscaling", False)
     return LadderConfig(**values)
@@ -61,11 +59,13 @@ def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
 def from_reference(
     case: Mapping[str, Any], state_dict: Mapping[str, Any]
 ) -> tuple[LadderModel, LadderGuide]:
-    """Model and guide with the reference's weights.
+    """A pair with the reference's weights.
 
-    `case` holds the reference's constructor arguments (`color_ch`, `z_dims`, `img_shape`, ...) and
-    `state_dict` its parameters and batch-norm statistics under the reference's names. Raises
-    `UserError` where the two do not belong together.
+    Args:
+        case: the reference's constructor arguments (`color_ch`, `z_dims`, `img_shape`, ...).
+        state_dict: its parameters and batch-norm statistics, by its names.
+
+    Raises `UserError` if they do not fit together.
     """
     model, guide = build_ladder(config_from_case(case), (case["color_ch"], *case["img_shape"]))
     load_reference_state(model, guide, state_dict)
@@ -75,13 +75,13 @@ def from_reference(
 def load_reference_state(
     model: LadderModel, guide: LadderGuide, state_dict: Mapping[str, Any]
 ) -> None:
-    """Copy the reference's state dict into a model and guide of the same architecture."""
+    """Copy the reference's state dict into a pair of the same architecture."""
     for name, tensor in reference_tensors(model, guide, state_dict.keys()).items():
         value = torch.as_tensor(state_dict[name])
         if value.shape != tensor.shape:
             raise UserError(
                 f"{name} has shape {tuple(value.shape)} in the reference's weights but "
-                f"{tuple(tensor.shape)} by the options; {_ADVICE}"
+                f"{tuple(tensor.shape)} with these options; {_ADVICE}"
             )
         with torch.no_grad():
             tensor.copy_(value)
@@ -90,9 +90,9 @@ def load_reference_state(
 def reference_tensors(
     model: LadderModel, guide: LadderGuide, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Our parameters and statistics by the `names` that the reference's state dict gives them.
+    """Our parameters and statistics, by their names in the reference's state dict.
 
-    Raises `UserError` unless names and tensors match one to one.
+    Raises `UserError` unless these are exactly `names`.
     """
     tensors: dict[str, Tensor] = {}
     for prefix, module in _modules(model, guide):
@@ -103,13 +103,13 @@ def reference_tensors(
         raise UserError(f"the reference's weights lack {name}; {_ADVICE}")
     for name in sorted(set(names) - tensors.keys()):
         raise UserError(
-            f"the network described by the options has no place for the weights {name}; {_ADVICE}"
+            f"the network with these options has no place for the weights {name}; {_ADVICE}"
         )
     return tensors
 
 
 def _modules(model: Any, guide: Any) -> Iterable[tuple[str, nn.Module]]:
-    """Pairs of (the reference's prefix, our module) that hold the same parameters."""
+    """The modules that hold the parameters, each with its prefix in the reference's names."""
     yield "first_bottom_up.0", guide.bottom_up.stem[0]
     yield "first_bottom_up.2.res", guide.bottom_up.stem[2]
     for i, blocks in enumerate(guide.bottom_up.layers):
@@ -125,14 +125,14 @@ def _modules(model: Any, guide: Any) -> Iterable[tuple[str, nn.Module]]:
             yield from _merge(f"{prefix}.merge.layer", posterior.merge)
         if layer.skip is not None:
             yield from _merge(f"{prefix}.skip_connection_merger.layer", layer.skip)
-    # The reference's bilinear upsampling, where there is one, takes the first place.
+    # The reference numbers its bilinear upsampling, if there is one, as the first block.
     offset = 0 if isinstance(model.decoder.upsample, nn.Identity) else 1
     yield from _blocks("final_top_down", model.decoder.blocks, offset)
     yield "likelihood.parameter_net", model.likelihood.conv
 
 
 def _blocks(prefix: str, blocks: nn.Sequential, offset: int = 0) -> Iterable[tuple[str, nn.Module]]:
-    # The reference counts a resampling convolution with the residual block that follows it.
+    # In the reference, a resampling convolution has the number of the next residual block.
     i = offset
     for module in blocks:
         if isinstance(module, ResidualBlock):
@@ -151,19 +151,19 @@ def _merge(prefix: str, merge: Any) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _named_tensors(prefix: str, module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of `module`, which the reference calls `prefix`, by the reference's names."""
+    """The tensors of `module` by the reference's names, which begin with `prefix`."""
     if not isinstance(module, ResidualBlock):
         state = module.state_dict(keep_vars=True)
         return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
-    # Layers of a residual block are matched in order, for their numbers depend on which layers
-    # without parameters there are.
+    # Match the layers of a residual block in order: their numbers in the reference also count
+    # layers without parameters.
     pattern = re.compile(re.escape(prefix) + r"\.block\.(\d+)\.")
     numbers = sorted({int(match[1]) for name in names if (match := pattern.match(name))})
     layers = [layer for layer in module.block if layer.state_dict()]
     if len(numbers) != len(layers):
         raise UserError(
-            f"the reference's weights have {len(numbers)} layers in {prefix}, the network "
-            f"described by the options {len(layers)}; {_ADVICE}"
+            f"the reference's weights have {len(numbers)} layers in {prefix} but the network with "
+            f"these options has {len(layers)}; {_ADVICE}"
         )
     tensors: dict[str, Tensor] = {}
     for number, layer in zip(numbers, layers, strict=True):
@@ -172,50 +172,47 @@ def _named_tensors(prefix: str, module: nn.Module, names: Collection[str]) -> di
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .npz file (names under `state/`) or in one saved by torch.save.
-
-    Raises `UserError` where there is none.
-    """
-    content = _read_arrays(path) if path.suffix == ".npz" else load_tensors(path, path, _CPU)
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} does not hold the reference's weights: it is no state dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{path} does not hold the reference's weights: {name!r} is no tensor")
+    """The state dict in a file; raises `UserError` if there is none."""
+    if path.suffix == ".npz":
+        content = _read_arrays(path)
+    else:
+        content = load_tensors(path, path, torch.device("cpu"))
+    values = content.values() if isinstance(content, dict) else ()
+    if not values or not all(isinstance(value, Tensor) for value in values):
+        raise UserError(f"{path} does not hold the reference's weights: it is not a state dict")
     return content
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
-    prefix = "state/"
+    with reading(path):
+        file = path.open("rb")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with file, np.load(file, allow_pickle=False) as arrays:
             return {
-                name.removeprefix(prefix): torch.from_numpy(arrays[name])
+                name.removeprefix(_PREFIX): torch.from_numpy(arrays[name])
                 for name in arrays.files
-                if name.startswith(prefix)
+                if name.startswith(_PREFIX)
             }
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged or not an .npz file of arrays: {reason}") from None
+    except Exception as error:  # numpy raises many types
+        raise UserError(f"{path} is damaged or not an .npz file of arrays") from error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="reference_checkpoint.py",
-        description="Make a run folder of weights trained with the reference implementation.",
+        prog="python -m tools.import_reference",
+        description="Make a run folder from weights trained with the original implementation.",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="state dict, .pt or .npz")
     parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
     parser.add_argument(
-        "--step", type=int, default=0, help="training steps the weights have seen (default: 0)"
+        "--step",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="training steps that the weights have seen (default: 0)",
     )
     add_options(parser)
-    arguments = parser.parse_args(argv)
-    if arguments.step < 0:
-        raise UserError(f"--step is {arguments.step}; it must not be negative")
-    return arguments
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,10 +222,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, guide = build_ladder(config.ladder, image_shape)
     load_reference_state(model, guide, read_weights(arguments.weights))
     run = Run.create(arguments.out, config, image_shape, {"imported_from": arguments.weights.name})
-    weights = FreeBitsELBO()(model, guide).state_dict()
-    # Weights alone: they can be evaluated, not trained further.
-    run.save_checkpoint(arguments.step, weights_only(weights))
-    print(f"run folder {run.path}; score it with: python evaluate.py {run.path}")
+    run.save_checkpoint(arguments.step, weights_only(FreeBitsELBO()(model, guide).state_dict()))
+    print(f"run folder {run.path}; to evaluate it: python evaluate.py {run.path}")
     return 0
 
 

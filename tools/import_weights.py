@@ -1,8 +1,8 @@
-"""Make a run folder from weights that `tools.export_weights` published.
+"""Import weights that `tools.export_weights` wrote, as a run folder.
 
     python -m tools.import_weights mnist-12.safetensors --out runs/mnist-12-published
 
-evaluate.py gives the same digits for it as for the original run. It cannot be trained further.
+evaluate.py computes the same values for it as for the original run. Training cannot be resumed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from runtime.errors import run_command
 
 
 def import_weights(path: Path, folder: Path) -> Run:
-    """Make a run folder from a published file; raises `UserError` if that is invalid."""
+    """Make a run folder from an exported file; raises `UserError` if that is invalid."""
     description, weights = read_published(path)
     described = Run.from_description(folder, description, path)
     ladder = FreeBitsELBO()(*build_ladder(described.config.ladder, described.image_shape))
@@ -31,9 +31,10 @@ def import_weights(path: Path, folder: Path) -> Run:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
-        prog="tools.import_weights", description="Make a run folder from published weights."
+        prog="python -m tools.import_weights",
+        description="Make a run folder from exported weights.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="published weights")
+    parser.add_argument("file", type=Path, metavar="FILE", help="exported weights")
     parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
     return parser.parse_args(argv)
 
@@ -41,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     run = import_weights(arguments.file, arguments.out)
-    print(f"run folder {run.path}; evaluate it with: python evaluate.py {run.path}")
+    print(f"run folder {run.path}; to evaluate it: python evaluate.py {run.path}")
     return 0
 
 

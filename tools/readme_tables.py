@@ -16,69 +16,59 @@ import torch
 
 import datasets
 from guide import build_ladder
+from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.networks.blocks import count_parameters
-from ladder_vae.reports import comparison
+from ladder_vae.reports import tables
+from ladder_vae.reports.comparison import Scored, columns, origin
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS, ROWS
 from tools import benchmark_tables as measured
-from tools.benchmark_tables import markdown, places
+from tools.benchmark_tables import markdown
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 PRETRAINED = ROOT / "pretrained"
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str) -> Any:
     """A JSON file of results/."""
     return json.loads((RESULTS / name).read_text())
 
 
-def bound(metrics: dict[str, Any], key: str) -> str:
+def evaluation(folder: str) -> Metrics:
+    """The metrics.json of a folder of results/."""
+    return Metrics.read(RESULTS / folder / "metrics.json")
+
+
+def bound(metrics: Metrics, key: str) -> str:
     """A negative bound with its standard error; `key` is "elbo" or a number of samples."""
-    value = metrics["elbo"] if key == "elbo" else metrics["iw"][key]
-    return f"{value:.2f} ± {metrics['standard_error'][key]:.2f}"
-
-
-def origin(metrics: dict[str, Any]) -> str:
-    """Where a run was trained and, if elsewhere, evaluated."""
-    trained, evaluated = metrics.get("trained") or {}, metrics["provenance"]
-    if trained.get("commit") in (None, evaluated["commit"]):
-        return places([metrics])
-    return f"{places([{'provenance': trained}])}; evaluated on {places([metrics])}"
+    return f"{metrics.bound(key):.2f} ± {metrics.standard_error[key]:.2f}"
 
 
 def likelihood_table() -> str:
     """The published results, each followed by ours if there is one."""
     runs = []
-    for reference in read("reference.json")["rows"]:
-        runs.append(comparison.Scored("reference", reference))
-        ours = RESULTS / reference["preset"] / "metrics.json"
-        if ours.exists():
-            runs.append(replace(comparison.Scored.read(ours), name="this project"))
-    names = ("data", "layers", "run", "bounds", "minutes", "seed", "origin")
-    table = comparison.columns(runs, names)
+    for row in read("reference.json")["rows"]:
+        published = {"step": 0, "kl_per_layer": []} | row | {"n_images": row["n_images"] or 0}
+        runs.append(Scored("reference", Metrics.from_dict(published)))
+        if (RESULTS / row["preset"] / "metrics.json").exists():
+            runs.append(Scored("this project", evaluation(row["preset"])))
+    table = columns(runs, ("data", "layers", "run", "bounds", "minutes", "seed", "origin"))
     # Nothing is bold: it would always be the deepest ladder of a data set.
-    return comparison.markdown([replace(column, best=frozenset()) for column in table])
+    return tables.markdown([replace(column, best=frozenset()) for column in table])
 
 
-def bounds_table(name: str) -> str:
-    """The bounds of the run evaluated in results/NAME/metrics.json, and where they come from."""
-    metrics = read(f"{name}/metrics.json")
-    bits = metrics["bits_per_dim"]
-    rows = [["ELBO", bound(metrics, "elbo"), f"{bits['elbo']:.3f}"]]
-    for k in metrics["iw"]:
-        title = f"{int(k):,} importance sample{'s' * (k != '1')}"
-        rows.append([title, bound(metrics, k), f"{bits[k]:.3f}"])
-    header = [f"negative bound, {metrics['n_images']:,} test images", "nats", "bits/dim"]
-    notes = [f"Measured on {origin(metrics)}."]
-    share = metrics["pareto_k"]["share_above_0.7"]
+def bounds_table(folder: str) -> str:
+    """The bounds of an evaluation, whether they are tight, and where they come from."""
+    metrics = evaluation(folder)
+    notes = [f"{metrics.n_images:,} test images, measured on {origin(metrics)}."]
+    share = metrics.pareto_k["share_above_0.7"] or 0
     if share > 0.05:
-        notes.insert(
-            0,
+        notes.append(
             f"For {share:.0%} of the images a few importance samples dominate (Pareto k-hat above "
-            "0.7): their log-likelihood is higher than the bound, and more samples would raise it.",
+            "0.7). The bound is loose for them; more samples would tighten it."
         )
-    return "\n\n".join([markdown(header, rows), *notes])
+    return "\n\n".join([tables.markdown(tables.bounds_table(metrics)), *notes])
 
 
 def learning_table() -> str:
@@ -90,16 +80,15 @@ def learning_table() -> str:
         rows.append([f"{int(steps):,}", "reference", *cells, ""])
         for folder in sorted((RESULTS / "small-static-mnist").glob(f"seed-*-step-{steps}")):
             name = f"this project, seed {folder.name.split('-')[1]}"
-            rows.append([f"{int(steps):,}", name, *_learned(folder.name)])
+            rows.append([f"{int(steps):,}", name, *_learned(folder)])
     name = "the reference's weights, evaluated here"
-    rows.append(["2,000", name, *_learned("reference-weights")])
+    rows.append(["2,000", name, *_learned(RESULTS / "small-static-mnist" / "reference-weights")])
     images = ["ELBO, 10,000 images", "ELBO, 1,000 images", "100 samples, 1,000 images"]
     return markdown(["steps", "run", *images, "measured on"], rows)
 
 
-def _learned(folder: str) -> list[str]:
-    whole = read(f"small-static-mnist/{folder}/elbo.json")
-    subset = read(f"small-static-mnist/{folder}/bound.json")
+def _learned(folder: Path) -> list[str]:
+    whole, subset = (Metrics.read(folder / f"{name}.json") for name in ("elbo", "bound"))
     bounds = [bound(whole, "elbo"), bound(subset, "elbo"), bound(subset, "100")]
     return [*bounds, origin(whole).replace("1 threads", "1 thread")]
 
@@ -111,13 +100,13 @@ def pretrained_table() -> str:
         return ""
     rows, commands = [], []
     for name in names:
-        metrics = read(f"{name}/metrics.json")
-        bounds = [bound(metrics, key) for key in ("elbo", *metrics["iw"])]
+        metrics = evaluation(name)
+        bounds = [bound(metrics, key) for key in ("elbo", *metrics.iw)]
         rows.append([f"[{name}](../pretrained/{name}.safetensors)", *bounds])
         run = f"runs/{name}-pretrained"
         commands.append(f"python -m tools.import_weights pretrained/{name}.safetensors --out {run}")
-        commands.append(f"python evaluate.py {run} --samples {' '.join(metrics['iw'])}")
-    samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in metrics["iw"]]
+        commands.append(f"python evaluate.py {run} --samples {' '.join(metrics.iw)}")
+    samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in metrics.iw]
     table = markdown(["weights", "ELBO", *samples], rows)
     text = "To verify these bounds, up to the noise of the samples:"
     return "\n".join([table, "", text, "", "```sh", *commands, "```"])

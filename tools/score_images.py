@@ -216,7 +216,7 @@ def save(
         write_scores(path, scores.labels, scores.columns)
         print_scores(scores, path)
     if len(found) == 2:
-        title, curves = separate(*found, arguments.samples[-1], folder)
+        title, curves = separate(found[0], found[1], arguments.samples[-1], folder)
         results = {
             "inliers": found[0].images.name,
             "outliers": found[1].images.name,

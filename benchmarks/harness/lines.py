@@ -53,7 +53,8 @@ class Line:
     options: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind == "convolutions" and self.execution.compile:
+        execution = self.execution  # raises for invalid options
+        if self.kind == "convolutions" and execution.compile:
             raise UserError(f"{self.name}: convolutions alone cannot be compiled")
         if self.is_graph and self.kind != "ours":
             raise UserError(f"{self.name}: only the kind ours can be recorded as a CUDA graph")

@@ -1,4 +1,4 @@
-"""How many images go through the network at a time in evaluation."""
+"""The batch size of evaluations."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,17 @@ from torch import Tensor
 from ladder_vae.evaluation.interfaces import Guide
 from ladder_vae.networks import LadderConfig
 
-# On a processor, passes are fastest while a feature map of the whole batch stays in its caches.
+# On a CPU, passes are fastest if a feature map of the whole batch fits into its caches.
 _CACHE = 16 * 2**20
-# A GPU is filled by so many images; more only need more memory.
+# This many images keep a GPU busy; more would only need more memory.
 _LARGEST = 1024
 
 
 def automatic_batch_size(config: LadderConfig, guide: Guide, x: Tensor) -> int:
-    """A power of two for images like x (1, C, H, W) on their device.
+    """A power of two that suits images like x (1, C, H, W) on their device.
 
-    Figures depend on it through the noise that each block draws, so it must not change with what
-    else is in memory: on a processor it depends on the network alone, and on a GPU on its size.
+    The noise depends on the batch size, so that must not depend on what else is in memory: on a CPU
+    it depends on the network alone, and on a GPU also on the total memory.
     """
     if x.device.type == "cuda":
         total = torch.cuda.get_device_properties(x.device).total_memory
@@ -29,7 +29,7 @@ def automatic_batch_size(config: LadderConfig, guide: Guide, x: Tensor) -> int:
 
 @torch.no_grad()
 def _bytes_per_image(guide: Guide, x: Tensor) -> int:
-    """The peak memory of a pass through the network on a GPU, by image."""
+    """The peak memory of a pass through the network on a GPU, per image."""
     peaks = []
     with torch.random.fork_rng([x.device]):
         for n in (8, 24):

@@ -2,12 +2,12 @@
 
     log p(x) >= E[ log (1/K) sum_k w_k ],   log w_k = log p(x, z_k) - log q(z_k | x),  z_k ~ q
 
-K = 1 is the ELBO; the bound rises with K towards log p(x). One pass of max(K) samples gives it for
-every smaller K: the bound at K uses the first K samples.
+K = 1 is the ELBO; the bound increases with K towards log p(x). The bound at K uses the first K
+samples, so one run with the largest K gives all of them.
 
-Image-sample pairs go through the network in blocks, a group of images by a chunk of samples. Each
-block seeds its own noise from (seed, group, chunk), so that which process computes it, and when,
-changes no digit of it.
+Image-sample pairs go through the network in blocks: a group of images by a chunk of samples. Each
+block seeds its own noise from (seed, group, chunk), so its result does not depend on which process
+computes it, or when.
 """
 
 import math
@@ -26,30 +26,30 @@ from ladder_vae.networks.precision import Execution
 from runtime.distributed import Ranks
 from runtime.random import permutation, torch_seed
 
-# What a draw is for, the second part of its key.
+# The second part of a random key: the purpose of the draw.
 _NOISE, _SUBSET, _READING = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Figures of N images, float64, on the CPU; nats but for the last two."""
+    """Bounds and related metrics of N images: float64, on the CPU, in nats except the last two."""
 
     elbo: Tensor  # (N,), the mean of log w over all samples
     importance_weighted: dict[int, Tensor]  # K -> (N,)
     log_likelihood: Tensor  # (N,), the mean of log p(x | z) over all samples
     kl: Tensor  # (N, L), the mean KL by layer, bottom to top
     effective_samples: Tensor  # (N,), (sum w)^2 / sum w^2, from 1 to max(K)
-    pareto_k: Tensor  # (N,), of all samples' weights; nan where these are too few
+    pareto_k: Tensor  # (N,), of all samples' weights; nan for too few samples
 
     def table(self) -> Tensor:
-        """All figures as one table (N, columns); see `from_table`."""
+        """All metrics as one table (N, columns); see `from_table`."""
         single = [self.elbo, self.log_likelihood, self.effective_samples, self.pareto_k]
         columns = torch.stack([*single, *self.importance_weighted.values()], 1)
         return torch.cat([columns, self.kl], 1)
 
     @classmethod
     def from_table(cls, table: Tensor, samples: Sequence[int]) -> Self:
-        """The bounds that `table` was made of, for these K."""
+        """The bounds from a `table` for the same K."""
         elbo, log_likelihood, effective_samples, pareto = table[:, :4].unbind(1)
         bounds = table[:, 4 : 4 + len(samples)].unbind(1)
         return cls(
@@ -64,26 +64,26 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How image-sample pairs are cut into passes through the network."""
+    """The size of a pass through the network."""
 
-    images: int  # to a group
-    samples: int  # to a chunk, of one image
+    images: int  # in a group
+    samples: int  # of each image, in a chunk
 
     @classmethod
     def of(cls, batch_size: int, samples: int) -> Self:
-        """Blocks of at most `batch_size` pairs: all samples of an image where they fit."""
+        """Blocks of at most `batch_size` pairs, with all samples of an image if they fit."""
         chunk = min(samples, batch_size)
         return cls(batch_size // chunk, chunk)
 
     def chunks(self, samples: int) -> list[int]:
-        """The sizes of the chunks that `samples` samples make."""
+        """The sizes of the chunks for `samples` samples."""
         return [min(self.samples, samples - done) for done in range(0, samples, self.samples)]
 
 
 class LogWeights:
-    """Sums over the log importance weights of n images, which come a chunk of samples at a time.
+    """Streaming sums over the log importance weights of n images.
 
-    Log-sum-exp runs along in float64; of the weights themselves only the largest are kept.
+    Log-sum-exp is accumulated in float64; only the largest weights are kept, for Pareto k-hat.
     """
 
     def __init__(self, n: int, samples: Sequence[int]) -> None:
@@ -96,7 +96,7 @@ class LogWeights:
         self._largest = torch.empty(n, 0, dtype=torch.float64)
 
     def add(self, log_w: Tensor) -> None:
-        """Take in the log-weights (n, k) of the next k samples, float64."""
+        """Add the log-weights (n, k) of the next k samples, float64."""
         k = log_w.shape[1]
         sums = torch.logaddexp(self._log_sum[:, None], log_w.logcumsumexp(1))  # (n, k)
         for wanted in self.samples:
@@ -115,19 +115,19 @@ class LogWeights:
         return (2 * self._log_sum - self._log_sum_of_squares).exp()
 
     def pareto_k(self) -> Tensor:
-        """(n,), nan where there are too few samples for a tail."""
+        """(n,); nan if there are too few samples for a tail."""
         if not self._tail:
             return torch.full_like(self._log_sum, torch.nan)
         return pareto_k(self._largest)
 
 
 class ImportanceSampler:
-    """The bounds of the images at `index` (N,), for each K in `samples` (rising), by groups.
+    """Computes the bounds of the images at `index` (N,), for each K in `samples` (ascending).
 
     Put model and guide in evaluation mode first. The lowest `from_prior` layers are drawn from
-    their priors (see `LadderGuide`). Groups are of images next to each other in the image set, so
-    that the order of `index` changes no digit. `execution` says how the networks, prepared with it,
-    are run.
+    their priors (see `LadderGuide`). A group consists of images that are next to each other in the
+    image set, so the order of `index` changes no digit. The networks must have been prepared with
+    `execution`.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ImportanceSampler:
         batch_size: int,
         seed: int,
         from_prior: int = 0,
-        execution: Execution = Execution(),  # noqa: B008 (cannot change)
+        execution: Execution = Execution(),  # noqa: B008 (immutable)
     ) -> None:
         self.execution = execution
         self.model = model
@@ -158,22 +158,22 @@ class ImportanceSampler:
         return math.ceil(len(self.index) / self.blocks.images)
 
     def size(self, number: int) -> int:
-        """How many images a group has: the last one may be smaller."""
+        """The number of images in a group; the last group may be smaller."""
         return min(self.blocks.images, len(self.index) - number * self.blocks.images)
 
     @property
     def columns(self) -> int:
-        """The columns of a group's table."""
+        """The number of columns of a group's table."""
         return 4 + len(self.samples) + len(self.model.layers)
 
     def group(self, number: int) -> Bounds:
-        """The bounds of one group's images, wherever and whenever it is computed."""
+        """The bounds of one group's images."""
         autocast = self.execution.autocast(self.images.device)
         with torch.no_grad(), autocast, torch.random.fork_rng(self._devices()):
             return self._bounds(number, self._read(number))
 
     def in_order(self, groups: Iterable[Tensor]) -> Bounds:
-        """The bounds in the order of `index`, from the tables of all groups in theirs."""
+        """The bounds in the order of `index`, from the tables of all groups in order."""
         table = torch.cat(list(groups))
         ordered = torch.empty_like(table)
         ordered[self._order] = table
@@ -185,7 +185,7 @@ class ImportanceSampler:
     def _read(self, number: int) -> Tensor:
         size = self.blocks.images
         index = self.index[number * size : (number + 1) * size]
-        # Images that are binarized anew at each reading are part of the noise.
+        # Images that are binarized at each reading are part of the noise.
         generator = torch.Generator(self.images.device)
         generator.manual_seed(torch_seed(self.seed, _READING, number))
         return self.images.batch(index.to(self.images.index_device), generator)
@@ -198,7 +198,7 @@ class ImportanceSampler:
         kl = torch.zeros(n, len(features), dtype=torch.float64)
         for chunk, k in enumerate(self.blocks.chunks(total)):
             torch.manual_seed(torch_seed(self.seed, _NOISE, number, chunk))
-            # Samples of an image lie side by side: (n * k, ...).
+            # Samples of an image are adjacent: (n * k, ...).
             self.guide(
                 x.repeat_interleave(k, 0),
                 [d.repeat_interleave(k, 0) for d in features],
@@ -230,14 +230,14 @@ def importance_weighted_bounds(
     *,
     batch_size: int,
     seed: int,
-    ranks: Ranks = Ranks(),  # noqa: B008 (cannot change)
+    ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Bounds:
-    """The bounds of the images at `index` (N,), for each K in `samples` (rising), in one go.
+    """The bounds of the images at `index` (N,), for each K in `samples` (ascending).
 
-    Put model and guide in evaluation mode first. The groups are dealt out to the `ranks`, which all
-    get all bounds. `on_images` is told how many images this rank has finished since it was last
-    called, and called as often on each of them.
+    Put model and guide in evaluation mode first. The processes share the groups, and all of them
+    return all bounds. `on_images` is called with the number of images that this process has
+    finished since the last call; all processes call it equally often.
     """
     sampler = ImportanceSampler(
         model, guide, images, index, samples, batch_size=batch_size, seed=seed
@@ -254,9 +254,9 @@ def importance_weighted_bounds(
 
 
 def random_index(n: int, count: int, seed: int) -> Tensor:
-    """`count` of the numbers below n in random order; all of them, in order, where count is n.
+    """`count` of the numbers below n in random order; all of them in ascending order if count >= n.
 
-    Test sets are sorted by class now and then, so that their first images are no sample of them.
+    Random, because some test sets are sorted by class.
     """
     if count >= n:
         return torch.arange(n)

@@ -1,16 +1,17 @@
-"""Completing images of which only some pixels are known: draws from p(x_mis | x_obs).
+"""Complete images with missing pixels, by draws from p(x_mis | x_obs).
 
-Metropolis-within-Gibbs after Mattei and Frellsen (2018), "Leveraging the exact likelihood of deep
-latent variable models", section 3. The state of a chain is the missing pixels and the latents. In
-each sweep the guide proposes latents given the image as it is now completed, which are accepted
-with probability
+The method is Metropolis-within-Gibbs as in Mattei and Frellsen (2018), "Leveraging the exact
+likelihood of deep latent variable models", section 3. The state of a chain is the missing pixels
+and the latents. In each sweep, the guide proposes latents given the current completion, which are
+accepted with probability
 
     min(1, w(z'; x) / w(z; x)),  w(z; x) = p(x, z) / q(z | x),  x = (x_obs, x_mis),
 
 and new missing pixels are drawn from p(x_mis | z). Whatever the guide, the chain's stationary
-distribution is p(x_mis, z | x_obs). The warm-up accepts all proposals, the pseudo-Gibbs sampler of
-Rezende, Mohamed and Wierstra (2014), "Stochastic backpropagation and approximate inference in deep
-generative models": it is as wrong as the guide, but a chain leaves a poor start at once.
+distribution is p(x_mis, z | x_obs). The warm-up accepts all proposals, which is the pseudo-Gibbs
+sampler of Rezende, Mohamed and Wierstra (2014), "Stochastic backpropagation and approximate
+inference in deep generative models": it inherits the guide's error, but leaves a poor start
+quickly.
 """
 
 import os
@@ -31,7 +32,7 @@ from runtime.errors import UserError
 from runtime.files import write_atomically
 from runtime.random import torch_seed
 
-# The areas that have a name, as slices of the rows and columns of an image of a given size.
+# The named masks, as slices of the rows and columns of an image of a given size.
 _AREAS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
     "left": lambda height, width: (slice(None), slice(width // 2)),
     "right": lambda height, width: (slice(None), slice(width // 2, None)),
@@ -46,14 +47,14 @@ MASKS = tuple(_AREAS)
 
 
 def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
-    """The pixels to complete: bool (H, W), true where a pixel is missing.
+    """The pixels to complete: bool (H, W), true if a pixel is missing.
 
-    `text` is one of `MASKS` (a half, the smaller one first where the size is odd; or the middle
-    half in both directions), or an image file of `image_size` (height, width) whose white pixels
-    (at least 128) are to be completed and whose black ones are kept.
+    `text` is one of `MASKS` (half of the image, or the middle half in both directions; if the size
+    is odd, left and top are the smaller halves), or an image file of `image_size` (height, width)
+    whose white pixels (at least 128) are missing.
 
     Raises:
-        UserError: there is no such mask, its size is another, or it masks nothing or everything.
+        UserError: there is no such mask, it has another size, or it masks no pixel or all of them.
     """
     mask = torch.zeros(image_size, dtype=torch.bool)
     if text in _AREAS:
@@ -61,43 +62,43 @@ def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
     else:
         mask = torch.from_numpy(_mask_from_file(Path(os.path.expanduser(text)), image_size))
     if not mask.any():
-        raise UserError(f"the mask {text} masks no pixel: make white those to be completed")
+        raise UserError(f"the mask {text} masks no pixel: paint the missing ones white")
     if mask.all():
         raise UserError(
-            f"the mask {text} masks every pixel, which leaves nothing to go by: make black those "
-            "to be kept; images from nothing are samples of the prior"
+            f"the mask {text} masks every pixel: paint the known ones black; evaluate.py draws "
+            "samples from the prior"
         )
     return mask
 
 
 def _mask_from_file(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    if not os.path.isfile(path):  # without an error, whatever the text
+    if not os.path.isfile(path):  # which raises nothing, whatever the text
         raise UserError(f"there is no mask {path}: give {', '.join(MASKS)}, or an image file")
     levels = read_picture(path)  # (H, W, 1) or (H, W, 3)
     height, width = image_size
     if levels.shape[:2] != image_size:
         raise UserError(
             f"the mask {path} is {levels.shape[1]} wide and {levels.shape[0]} high; it must be "
-            f"{width} wide and {height} high, like the images"
+            f"{width} wide and {height} high like the images"
         )
-    # A threshold, since lossy files hold neither quite black nor quite white.
+    # A threshold, because lossy formats do not store pure black and white.
     return levels.mean(-1) >= 128
 
 
 @dataclass(frozen=True)
 class Completions:
-    """What chains that completed N images found, on the images' device."""
+    """The completions of N images, on the images' device."""
 
-    images: Tensor  # (N, chains, C, H, W), each chain's last image
+    images: Tensor  # (N, chains, C, H, W), the last state of each chain
     mean: Tensor  # (N, C, H, W), of p(x_mis | z) over chains and sweeps
     acceptance: Tensor  # (N,), the share of proposals accepted after the warm-up
 
 
 def write_completions(path: Path, index: Tensor, missing: Tensor, completions: Completions) -> None:
-    """Write what was found as an .npz file: images are uint8, level = 255 * value.
+    """Write completions as an .npz file; images are uint8, from 0 to 255.
 
-    `image` (N,) are the numbers in the split, `missing` is bool (H, W), `completions`
-    (N, chains, C, H, W), `mean` (N, C, H, W) and `acceptance` (N,).
+    Its arrays are `image` (N,), the number of each image in the split, `missing` (H, W) bool,
+    `completions` (N, chains, C, H, W), `mean` (N, C, H, W) and `acceptance` (N,).
     """
     arrays: dict[str, Any] = {
         "image": index.numpy(),
@@ -128,32 +129,32 @@ def inpaint(
 ) -> Completions:
     """Complete images x (N, C, H, W) in [0, 1] where `missing` (H, W) bool is true.
 
-    What x holds there is not read; everywhere else, the completed images are x to the bit. Every
-    image is completed by `chains` independent chains, which begin with pixels drawn from the model
-    and take `sweeps` sweeps, of which the first `warmup`, at least one, accept all proposals.
-    `mean` is that of p(x_mis | z) over the latents with which the sweeps of the second half (after
-    the warm-up, if that is longer) begin. Image-chain pairs go through the network `batch_size` at
-    a time. Put model and guide in evaluation mode first.
+    The missing pixels of x are never read; the known ones are returned unchanged. Each image is
+    completed by `chains` independent chains. They start with pixels drawn from the model and take
+    `sweeps` sweeps, of which the first `warmup` (at least one) accept all proposals. The mean
+    averages p(x_mis | z) over the latents at the start of each sweep in the second half, or after
+    the warm-up if that is longer. `batch_size` image-chain pairs go through the network at a time.
+    Put model and guide in evaluation mode first.
 
-    Chains run on the likelihood's own values; those of a Gaussian one, which go beyond [0, 1], are
-    clamped where they are returned.
+    Values of a Gaussian likelihood may leave [0, 1] within a chain; they are clamped in the result.
 
-    The noise depends on `seed` and `batch_size` alone, and the global random state stays as it is.
-    `on_sweep` is told after each sweep how many pairs took it: N * chains * sweeps in all.
+    The noise depends only on `seed` and `batch_size`, and the global random state is not changed.
+    `on_sweep` is called after each sweep with its number of pairs; they add up to
+    N * chains * sweeps.
 
     Raises:
-        ValueError: there is no chain, or no sweep after a warm-up of at least one.
+        ValueError: there is no chain, no warm-up, or no sweep after it.
     """
     if chains < 1 or not 1 <= warmup < sweeps:
         raise ValueError(
             f"{chains} chains of {sweeps} sweeps, {warmup} of them warm-up: there must be a chain, "
-            "a sweep of warm-up and another after it"
+            "a warm-up sweep and a sweep after it"
         )
     missing = missing.to(x.device)
     devices = [x.device] if x.device.type == "cuda" else []
     parts = []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        # Chains of an image lie side by side: (N * chains, C, H, W).
+        # Chains of an image are adjacent: (N * chains, C, H, W).
         for number, pairs in enumerate(x.repeat_interleave(chains, 0).split(batch_size)):
             torch.manual_seed(torch_seed(seed, number))
             parts.append(_run_chains(model, guide, pairs, missing, sweeps, warmup, on_sweep))
@@ -178,7 +179,7 @@ def _run_chains(
     warmup: int,
     on_sweep: Callable[[int], object],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One chain for each image x (B, C, H, W): last image, mean, and acceptance (B,)."""
+    """Run a chain for each image x (B, C, H, W): last image, mean, and acceptance (B,)."""
     x = torch.where(missing, model(n=len(x)), x)
     z: dict[str, Tensor] = {}
     total, accepted = torch.zeros_like(x), x.new_zeros(len(x))
@@ -203,7 +204,7 @@ def _run_chains(
 
 
 class _Draw(NamedTuple):
-    """Latents of B images, their weights and what the model makes of them."""
+    """Latents of B images, their log-weights, and the likelihood given them."""
 
     z: dict[str, Tensor]  # z_i (B, z_dims[i], h_i, w_i)
     log_weight: Tensor  # (B,), log p(x, z) - log q(z | x)
@@ -213,11 +214,12 @@ class _Draw(NamedTuple):
 def _draw(
     guide: Guide, x: Tensor, features: list[Tensor], given: dict[str, Tensor] | None = None
 ) -> _Draw:
-    """One pass of the guide with latents drawn from q(z | x), or with those `given`."""
+    """One pass of the guide with latents drawn from q(z | x), or `given`."""
     program = guide if given is None else poutine.condition(guide, data=given)
     program(x, features)
-    # Latents given are observed sites, which `get_traces` does not take for latents. In the guide's
-    # own trace a latent's distribution is the posterior either way, and its prior stands beside it.
+    # Given latents become observed sites, which `get_traces` does not treat as latents. In the
+    # guide's own trace, a latent's distribution is the posterior in both cases, with its prior in
+    # `infer`.
     sites = {name: site for name, site in guide.trace.nodes.items() if site["type"] == "sample"}
     likelihood = sites["x"]["fn"]
     log_weight = likelihood.log_prob(x)
@@ -231,5 +233,5 @@ def _draw(
 
 
 def _choose(accept: Tensor, proposed: Tensor, present: Tensor) -> Tensor:
-    """Image by image what was proposed, where it was accepted (B,), and else what there was."""
+    """The proposed values of the images that accepted them (B,), else the present ones."""
     return torch.where(accept.view(-1, *[1] * (present.ndim - 1)), proposed, present)

@@ -1,4 +1,4 @@
-"""The parts of a Pyro model and guide that evaluation uses."""
+"""The interface of a model and guide as evaluation uses them."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class Model(Protocol):
     """p(x, z) as in `model.LadderModel`."""
 
-    layers: nn.ModuleList  # one for each stochastic layer
+    layers: nn.ModuleList  # one per stochastic layer
 
     def __call__(self, x: Tensor | None = None, n: int = 1) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""Terms of the ELBO by layer, read off the traces of a guide's last pass.
+"""Terms of the ELBO by layer, from the traces of a guide's last pass.
 
 Layers are listed from the bottom. Put model and guide in evaluation mode first.
 """
@@ -32,9 +32,9 @@ def layers(guide: Guide) -> list[Layer]:
 
 
 def sampled_terms(guide: Guide) -> tuple[Tensor, Tensor]:
-    """log p(x | z) (N,) and one-sample KL (N, L) of the guide's last pass, in nats.
+    """log p(x | z) (N,) and the one-sample KL (N, L) of the guide's last pass, in nats.
 
-    Their difference, with the KL summed over layers, is the log importance weight.
+    log p(x | z) minus the KL summed over layers is the log importance weight.
     """
     model_trace, _ = guide.get_traces()
     x = model_trace.nodes["x"]
@@ -45,9 +45,9 @@ def sampled_terms(guide: Guide) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def mean_kl(guide: Guide, images: ImageSet, index: Tensor, batch_size: int) -> list[Tensor]:
-    """KL in closed form given z_{>i}, averaged over the images at `index`.
+    """The KL in closed form given z_{>i}, averaged over the images at `index`.
 
-    (z_dims[i], h_i, w_i) for each layer, in nats per image, on the CPU.
+    Returns (z_dims[i], h_i, w_i) for each layer, in nats per image, on the CPU.
     """
     totals: list[Tensor] = []
     for part in index.split(batch_size):
@@ -61,10 +61,10 @@ def mean_kl(guide: Guide, images: ImageSet, index: Tensor, batch_size: int) -> l
 
 
 def by_channel(kl: list[Tensor]) -> list[Tensor]:
-    """`mean_kl` summed over positions: (z_dims[i],) for each layer."""
+    """A `mean_kl` summed over positions: (z_dims[i],) for each layer."""
     return [layer.sum((1, 2)) for layer in kl]
 
 
 def by_position(kl: list[Tensor]) -> list[Tensor]:
-    """`mean_kl` summed over channels: (h_i, w_i) for each layer."""
+    """A `mean_kl` summed over channels: (h_i, w_i) for each layer."""
     return [layer.sum(0) for layer in kl]

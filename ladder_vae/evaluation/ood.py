@@ -1,13 +1,14 @@
-"""Telling images unlike the training data by their bounds, and how well the bounds tell them.
+"""Out-of-distribution scores of images, and how well they separate two sets of images.
 
-L is a bound on log p(x) and L^{>k} the looser one whose lowest k layers are drawn from their
-priors (see `LadderGuide`). An image that the model knows is explained by its upper layers nearly as
-well; one that only looks alike in detail needs the lower ones. Hence the log-likelihood ratio
+L is a bound on log p(x), and L^{>k} the looser bound whose lowest k layers are drawn from their
+priors (see `LadderGuide`). The upper layers explain an image like the training data almost as well
+as all layers do; an image that resembles it only in its details needs the lower layers. Hence the
+log-likelihood ratio
 
     LLR^{>k} = L - L^{>k}
 
 of Havtorn, Frellsen, Hauberg and Maaløe (2021), "Hierarchical VAEs know what they don't know". It
-finds outliers whose likelihood is as high as that of the training data, or higher.
+detects outliers even if their likelihood is as high as that of the training data, or higher.
 """
 
 import csv
@@ -29,9 +30,9 @@ _RATIO = "llr_above_"
 def bound_columns(bounds: Bounds, above: Mapping[int, Bounds]) -> dict[str, np.ndarray]:
     """Bounds and ratios of N images by name: float64 (N,), in nats.
 
-    `elbo` and, by number K of samples, `bound_K` are bounds L on log p(x). For each k and its
-    bounds in `above`, which must be of the same K, `bound_K_above_k` is L^{>k} and `llr_above_k`
-    is LLR^{>k}, of the bounds at the largest K.
+    `elbo` and, for each number K of samples, `bound_K` are bounds L on log p(x). For each k in
+    `above`, whose bounds must be for the same K, `bound_K_above_k` is L^{>k}, and `llr_above_k` is
+    LLR^{>k} of the bounds at the largest K.
     """
     columns = {"elbo": bounds.elbo.numpy()}
     columns |= {f"bound_{n}": bound.numpy() for n, bound in bounds.importance_weighted.items()}
@@ -45,34 +46,34 @@ def bound_columns(bounds: Bounds, above: Mapping[int, Bounds]) -> dict[str, np.n
 
 
 def outlier_scores(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores by the names of `bound_columns`; the higher, the more unlike the training data.
+    """Scores by the names of `bound_columns`: higher means less like the training data.
 
-    The ratios as they are, and the bounds with their sign changed.
+    These are the ratios, and the negated bounds.
     """
     return {name: values if is_ratio(name) else -values for name, values in columns.items()}
 
 
 def is_ratio(name: str) -> bool:
-    """Whether the column `name` holds log-likelihood ratios, and no bounds."""
+    """Whether the column `name` holds log-likelihood ratios, not bounds."""
     return name.startswith(_RATIO)
 
 
 @dataclass(frozen=True)
 class Roc:
-    """How well a score tells outliers: the receiver operating characteristic."""
+    """The receiver operating characteristic of a score: how well it detects outliers."""
 
-    false_positive_rate: np.ndarray  # (T,), rising from 0 to 1 as the threshold falls
-    true_positive_rate: np.ndarray  # (T,), the share of outliers found at that price
-    auroc: float  # the area under the curve: how often an outlier scores above an inlier
-    standard_error: float | None  # of the area; None where a set has a single image
+    false_positive_rate: np.ndarray  # (T,), ascending from 0 to 1 as the threshold falls
+    true_positive_rate: np.ndarray  # (T,), the share of outliers detected
+    auroc: float  # area under the curve: the probability that an outlier scores above an inlier
+    standard_error: float | None  # of the area; None if a set has a single image
 
 
 def roc(inliers: np.ndarray, outliers: np.ndarray) -> Roc:
-    """The curve for the scores of two sets of images, (N,) and (M,), by scikit-learn.
+    """The ROC of the scores of two sets of images, (N,) and (M,), by scikit-learn.
 
-    A tie of an inlier and an outlier counts half. The standard error is that of DeLong, DeLong and
-    Clarke-Pearson (1988), "Comparing the areas under two or more correlated receiver operating
-    characteristic curves"; it is zero where the scores part the sets completely.
+    A tie between an inlier and an outlier counts half. The standard error follows DeLong, DeLong
+    and Clarke-Pearson (1988), "Comparing the areas under two or more correlated receiver operating
+    characteristic curves"; it is zero if the scores separate the sets completely.
 
     Raises:
         UserError: a score is not a finite number.
@@ -82,8 +83,8 @@ def roc(inliers: np.ndarray, outliers: np.ndarray) -> Roc:
     scores = np.concatenate([inliers, outliers])
     if infinite := np.count_nonzero(~np.isfinite(scores)):
         raise UserError(
-            f"{infinite} of {len(scores)} scores are not finite, which cannot be ranked: the "
-            "model's weights may have diverged, use an earlier checkpoint"
+            f"{infinite} of {len(scores)} scores are not finite and cannot be ranked: the "
+            "training may have diverged, so use an earlier checkpoint"
         )
     labels = np.repeat([0, 1], [len(inliers), len(outliers)])
     false_positive_rate, true_positive_rate, _ = roc_curve(labels, scores)
@@ -96,7 +97,7 @@ def roc(inliers: np.ndarray, outliers: np.ndarray) -> Roc:
 
 
 def _standard_error(inliers: np.ndarray, outliers: np.ndarray) -> float | None:
-    """Of the area: from the variance of each score's rank among those of the other set."""
+    """The area's standard error, from the variance of each score's rank in the other set."""
     if min(len(inliers), len(outliers)) < 2:
         return None
     of_outliers = _share_below(inliers, outliers)
@@ -106,7 +107,7 @@ def _standard_error(inliers: np.ndarray, outliers: np.ndarray) -> float | None:
 
 
 def _share_below(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """For each score, the share of the reference scores below it, ties counted half."""
+    """For each score, the share of reference scores below it; ties count half."""
     ranked = np.sort(reference)
     below, up_to = (np.searchsorted(ranked, scores, side) for side in ("left", "right"))
     return (below + up_to) / (2 * len(reference))
@@ -115,18 +116,18 @@ def _share_below(reference: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def write_scores(
     path: Path, images: Sequence[str] | Sequence[int], columns: Mapping[str, np.ndarray]
 ) -> None:
-    """Write a CSV file with one row for each image: `image`, its name or number, and `columns`.
+    """Write a CSV file with a row for each image: its name or number, and `columns`, unrounded.
 
-    The figures are written with all their digits. Raises `UserError` where that cannot be done.
+    Raises `UserError` if the file cannot be written.
     """
     rows = zip(images, *(values.tolist() for values in columns.values()), strict=True)
 
     def write(file: BinaryIO) -> None:
-        # File names that are no text keep their bytes.
+        # File names that are not valid text keep their bytes.
         text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text)
         writer.writerow(["image", *columns])
         writer.writerows(rows)
-        text.detach()  # flushed, and the file left open for its owner
+        text.detach()  # flushes, and leaves the file open
 
     write_atomically(path, write)

@@ -1,8 +1,8 @@
-"""What each layer of a ladder knows: images and KL maps, as Pyro programs on model and guide.
+"""Samples from a ladder: from its prior, and to show what each layer encodes.
 
-Images come as the means of p(x | z). A draw of x would add noise to each pixel by itself, which
-says nothing of the latents and hides how alike two images are. Draws of latents come from the
-global random generator, which the caller seeds; put model and guide in evaluation mode first.
+Images are the means of p(x | z): a draw of x would only add independent noise to each pixel.
+Latents are drawn with the global random generator, which the caller seeds. Put model and guide in
+evaluation mode first.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from runtime.errors import UserError
 
 
 class Temperature(Messenger):
-    """Multiplies the standard deviation of each layer's latents as they are drawn.
+    """A Pyro handler that multiplies the standard deviation of each layer's latents.
 
-    Of the priors p(z_i | z_{>i}) around a `LadderModel`, of the posteriors q(z_i | z_{>i}, x)
-    around a `LadderGuide`; latents that are conditioned on stay as they are. At temperature 0 a
-    layer is at the mean of its distribution, which is its mode too.
+    Around a `LadderModel` it applies to the priors p(z_i | z_{>i}), around a `LadderGuide` to the
+    posteriors q(z_i | z_{>i}, x). It does not change conditioned latents. At temperature 0 a
+    layer's latents are at the mean of their distribution, which is also its mode.
 
     Args:
         temperature: one for all layers, or one for each, bottom to top; finite and not negative.
@@ -50,24 +50,24 @@ class Temperature(Messenger):
 
 
 def check_temperature(temperature: float | Sequence[float], depth: int) -> None:
-    """Raise `UserError` unless `temperature` is one for all of `depth` layers or one for each."""
+    """Raise `UserError` unless `temperature` is one for all of `depth` layers, or one for each."""
     values = temperature if isinstance(temperature, Sequence) else [temperature] * depth
     if len(values) != depth:
         raise UserError(
-            f"{len(values)} temperatures are given and the ladder has {depth} layers; give one "
-            "for all, or one for each layer from the bottom"
+            f"--temperature has {len(values)} values but the ladder has {depth} layers; give one "
+            "value for all layers, or one for each from the bottom"
         )
     for value in values:
         if not 0 <= value < float("inf"):
-            raise UserError(f"a temperature is {value}; it must be finite and not negative")
+            raise UserError(f"--temperature is {value}; it must be finite and not negative")
 
 
 @torch.no_grad()
 def prior_samples(model: Model, n: int, temperature: float | Sequence[float] = 1.0) -> Tensor:
     """The means of p(x | z) for n draws of z from the prior, (n, C, H, W) in [0, 1].
 
-    `temperature` multiplies the standard deviation of the priors, for all layers or, bottom to
-    top, for each. Raises `UserError` for temperatures that do not fit the ladder.
+    `temperature` multiplies the standard deviation of the priors of all layers, or of each from the
+    bottom. Raises `UserError` if it does not fit the ladder.
     """
     check_temperature(temperature, len(model.layers))
     with Temperature(temperature):
@@ -84,16 +84,16 @@ def reconstructions(guide: Guide, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_samples(model: Model, layer: int, rows: int, columns: int) -> Tensor:
-    """What varies with one layer's latents: means of p(x | z), (rows, columns, C, H, W).
+    """Images that differ in one layer's latents: means of p(x | z), (rows, columns, C, H, W).
 
-    In each row the layers above `layer` (1 at the bottom) are drawn once and shared, `layer` is
-    drawn anew for each column, and the layers below are at the mode of their prior:
+    In each row, the layers above `layer` (1 at the bottom) are drawn once, `layer` is drawn for
+    each column, and the layers below are at the mode of their prior:
 
         z_i ~ p(z_i | z_{>i})  for i > layer, once for each row
         z_layer ~ p(z_layer | z_{>layer}),  for each column
         z_i = mode of p(z_i | z_{>i})  for i < layer
 
-    At the top layer no row shares anything. Raises `UserError` where there is no such layer.
+    At the top layer, all images are independent. Raises `UserError` if there is no such layer.
     """
     depth = len(model.layers)
     if not 1 <= layer <= depth:
@@ -110,14 +110,13 @@ def layer_samples(model: Model, layer: int, rows: int, columns: int) -> Tensor:
 
 @torch.no_grad()
 def interpolations(model: Model, guide: Guide, ends: Tensor, steps: int) -> Tensor:
-    """From one image to another through each level of the ladder: (L, steps, C, H, W).
+    """Interpolations between two images at each level of the ladder: (L, steps, C, H, W).
 
     `ends` (2, C, H, W) are encoded from the top down, each z_i as the mean of q(z_i | z_{>i}, x)
-    given the means above it. At level i the latents of layers L ... i go from the first image's to
-    the second's along a straight line, and the layers below are at the mode of their prior. Levels
-    are listed from the top, L, as a picture has its rows: the first moves in the most abstract
-    layer alone, and the last, where all layers move, begins and ends with the reconstructions of
-    `ends` from their posteriors' means. Images are means of p(x | z).
+    given the means above it. At level i, the latents of layers L ... i are interpolated linearly,
+    and the layers below are at the mode of their prior. Levels are listed from the top: the first
+    interpolates the top layer alone, and the last, which interpolates all layers, starts and ends
+    with the reconstructions of `ends`. Images are means of p(x | z).
     """
     depth = len(model.layers)
     with Temperature(0.0):
@@ -134,6 +133,6 @@ def interpolations(model: Model, guide: Guide, ends: Tensor, steps: int) -> Tens
 
 
 def _image_means(model: Model, n: int, latents: dict[str, Tensor]) -> Tensor:
-    """The means of p(x | z) for n images, (n, C, H, W), with some of the latents given."""
+    """The means of p(x | z) for n images, (n, C, H, W), given some of the latents."""
     trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(n=n)
     return trace.nodes["x"]["fn"].mean

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ladder_vae.reports.tables import layer_name
 from runtime.files import write_atomically
 
 if TYPE_CHECKING:
@@ -63,9 +64,8 @@ def draw_kl_by_layer(path: Path, kl: Sequence[float]) -> None:
     figure, axes = new_chart(title, "nats per image", "", height=1.4 + 0.3 * depth)
     bars = axes.barh(range(1, depth + 1), kl, color=BLUE, height=0.7)
     axes.bar_label(bars, [f"{value:.3g}" for value in kl], padding=4)
-    names = {1: "1 (bottom)", depth: f"{depth} (top)"}
     layers = range(1, depth + 1)
-    axes.set_yticks(layers, [f"layer {names.get(i, i)}" for i in layers])
+    axes.set_yticks(layers, [layer_name(i, depth) for i in layers])
     axes.grid(visible=False, axis="y")
     # With room for the labels of the bars. The axis starts at 0 even if all KLs are 0.
     axes.set_xlim(min(0.0, *kl), 1.1 * max(0.1, *kl))

@@ -30,6 +30,7 @@ from ladder_vae.reports.image_grids import (
     draw_reconstructions,
     draw_samples,
 )
+from ladder_vae.reports.tables import layer_name
 from runtime.random import torch_seed
 
 _SAMPLES, _RECONSTRUCTIONS, _GRID, _STEPS, _KL_IMAGES = 64, 32, 8, 10, 1000
@@ -55,7 +56,7 @@ def ladder_pictures(layers: int) -> list[Picture]:
     single_layers = [
         Picture(
             f"layer_{layer:02d}.png",
-            f"Layer {layer_name(layer, layers, 'of')}",
+            layer_name(layer, layers).capitalize(),
             "The images of a row share the latents above this layer and differ in its sample.",
             folded=True,
         )
@@ -132,12 +133,6 @@ _CHARTS = [
         chart=True,
     ),
 ]
-
-
-def layer_name(layer: int, layers: int, of: str = "") -> str:
-    """A layer's number, with its place if it is at the top or bottom; `of` adds how many."""
-    place = " (top)" if layer == layers else " (bottom)" if layer == 1 else ""
-    return f"{layer} {of} {layers}{place}" if of else f"{layer}{place}"
 
 
 # --- Drawing ---

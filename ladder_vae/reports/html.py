@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.comparison import Scored, columns, evaluation_folders
 from ladder_vae.reports.curves import learning_curves
-from ladder_vae.reports.figures import ladder_pictures, layer_name
-from ladder_vae.reports.tables import Column, bounds_table, number
+from ladder_vae.reports.figures import ladder_pictures
+from ladder_vae.reports.tables import Column, bounds_table, layer_name, number
 from ladder_vae.runs.command_line import OPTIONS, flag
 from ladder_vae.runs.metrics_log import Entry, finite_entries, held_out_split, newest
 from ladder_vae.runs.options import RunConfig
@@ -137,7 +137,7 @@ def _layers(run: Run, kl_per_layer: Sequence[float | None]) -> list[dict[str, st
     most = max([*known, 1e-9])
     rows = [
         {
-            "name": layer_name(i + 1, len(sizes)),
+            "name": layer_name(i + 1, len(sizes)).removeprefix("layer "),
             "latents": f"{channels} x {height} x {width}",
             "nats": number(kl, ".2f"),
             "width": f"{100 * positive / most:.1f}",

@@ -1,9 +1,9 @@
-"""Pictures of images in rows and columns, pixel by pixel, and of KL maps, as PNG files.
+"""Grids of images, and KL maps, as PNG files.
 
-`sample_grid` and `reconstruction_grid` make bare grids. The functions named draw_... write pages: a
-title, a line that says how to read the picture, and grids with labels at their left. Images are
-(N, C, H, W) in [0, 1], grey or RGB; what lies outside is clipped. The same images give the same
-file, byte for byte. All of them raise `UserError` where the file cannot be written.
+`sample_grid` and `reconstruction_grid` make plain grids. The functions named draw_... write pages:
+a title, an explanation, and grids with labels on their left. Images are (N, C, H, W), grey or RGB,
+and are clipped to [0, 1]. The same images give the same file, byte for byte. The functions raise
+`UserError` if the file cannot be written.
 """
 
 import math
@@ -16,17 +16,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ladder_vae.reports.tables import layer_name
 from runtime.files import write_atomically
 
-# Small images are enlarged, pixel by pixel, until a grid's rows are about this high.
+# Small images are enlarged by a whole factor to about this height.
 _LEGIBLE = 56
-# Between images and around them; grey, so that the edges of black and of white images show.
+# Between images and around them: grey shows the edges of black images and of white ones.
 _GAP, _GAP_GREY = 2, 0.4
-# Pages, in pixels.
+# Sizes on a page, in pixels.
 _MARGIN, _SPACING, _LEAST_WIDTH = 16, 8, 440
 _TITLE_SIZE, _TEXT_SIZE = 18, 13
 _INK, _FAINT = (25, 25, 25), (95, 95, 95)
-# KL maps: the side of a map at most, the width of its colour bar, and of the bar's labels.
+# The largest side of a KL map, and the widths of its colour bar and of the bar's labels.
 _MAP_SIDE, _BAR_WIDTH, _BAR_LABEL = 112, 10, 56
 _MAPS_PER_ROW = 4
 
@@ -56,7 +57,7 @@ def _enlarged(images: Tensor, scale: int) -> Tensor:
 
 
 def reconstruction_grid(x: Tensor, reconstructed: Tensor, columns: int) -> Tensor:
-    """Rows of images in turn with rows of their reconstructions below them."""
+    """Rows of images, each followed by the row of their reconstructions."""
     columns = min(columns, len(x))
     rows = []
     for row in zip(x.split(columns), reconstructed.split(columns), strict=True):
@@ -65,12 +66,12 @@ def reconstruction_grid(x: Tensor, reconstructed: Tensor, columns: int) -> Tenso
 
 
 def _fill(images: Tensor, columns: int) -> Tensor:
-    """A last row made whole with empty images, so that what comes next starts a row."""
+    """A row of images, filled up with empty ones."""
     return torch.cat([images, images.new_zeros(columns - len(images), *images.shape[1:])])
 
 
 def write_png(path: Path, picture: Tensor) -> None:
-    """Write a picture (3, H, W) in [0, 1]; raises `UserError` where it cannot be written."""
+    """Write a picture (3, H, W) in [0, 1]."""
     _write_image(path, _to_image(picture))
 
 
@@ -87,7 +88,7 @@ def _write_image(path: Path, image: Image.Image) -> None:
 
 
 class Block(NamedTuple):
-    """A grid on a page; its labels stand at its left, spread evenly over its height."""
+    """A grid on a page; its labels are on its left, spaced evenly."""
 
     labels: Sequence[str]
     images: Tensor  # (N, C, H, W)
@@ -95,7 +96,7 @@ class Block(NamedTuple):
 
 
 def draw_page(path: Path, title: str, caption: str, blocks: Sequence[Block]) -> None:
-    """Write a page of grids below each other."""
+    """Draw a page with grids below each other."""
     grids = [_to_image(sample_grid(block.images, block.columns)) for block in blocks]
     indent = max(_label_width(block.labels) for block in blocks)
     height = sum(grid.height for grid in grids) + _SPACING * (len(grids) - 1)
@@ -114,7 +115,7 @@ def draw_page(path: Path, title: str, caption: str, blocks: Sequence[Block]) -> 
 def _new_page(
     title: str, caption: str, width: int, height: int
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    """A page with its heading and room for a content of this size, and where the content begins."""
+    """A page with a heading and space for content of this size, and the content's top."""
     font = _font(_TITLE_SIZE)
     width = max(width, math.ceil(font.getlength(title)), _LEAST_WIDTH)
     lines = _wrapped(caption, width)
@@ -129,7 +130,7 @@ def _new_page(
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width` pixels, where its words allow it."""
+    """`text` in lines of at most `width` pixels; longer words get a line of their own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -141,7 +142,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _label_width(labels: Sequence[str]) -> int:
-    """The width of a column of labels, with the space beside it; 0 without labels."""
+    """The width of a column of labels, including the space beside it; 0 without labels."""
     lines = [line for label in labels for line in label.split("\n")]
     widths = [math.ceil(_font(_TEXT_SIZE).getlength(line)) for line in lines]
     return max(widths) + _SPACING if widths else 0
@@ -149,24 +150,24 @@ def _label_width(labels: Sequence[str]) -> int:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The typeface of the charts in `plots`, in pixels; matplotlib brings it along."""
+    """The typeface of the charts, which matplotlib provides, in a size in pixels."""
     import matplotlib  # takes a while to import
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
-# --- What a ladder has learned ---
+# --- Pages of a ladder ---
 
 
 def draw_samples(
     path: Path, images: Tensor, *, title: str = "Samples from the prior", columns: int = 8
 ) -> None:
-    """Write `inspection.prior_samples` (N, C, H, W)."""
+    """Draw `sampling.prior_samples` (N, C, H, W)."""
     draw_page(path, title, "Means of p(x | z) for z from the prior.", [Block([], images, columns)])
 
 
 def draw_reconstructions(path: Path, x: Tensor, reconstructed: Tensor, *, columns: int = 8) -> None:
-    """Write images x (N, C, H, W), and below each row of them their reconstructions."""
+    """Draw images x (N, C, H, W), with their reconstructions below each row."""
     pairs = zip(x.split(columns), reconstructed.split(columns), strict=True)
     labels = ["image", "reconstruction"]
     caption = "Means of p(x | z) for one z from q(z | x), below their images."
@@ -175,59 +176,54 @@ def draw_reconstructions(path: Path, x: Tensor, reconstructed: Tensor, *, column
 
 
 def draw_layer(path: Path, images: Tensor, layer: int, sizes: Sequence[tuple[int, int]]) -> None:
-    """Write `inspection.layer_samples` of one layer, (rows, columns, C, H, W).
+    """Draw `sampling.layer_samples` of one layer, (rows, columns, C, H, W).
 
-    `layer` is 1 at the bottom; `sizes` are those of all layers' feature maps, bottom to top.
+    `layer` is 1 at the bottom; `sizes` holds the sizes of all layers' feature maps, bottom to top.
     """
     if layer == len(sizes):
-        caption = "All images are drawn independently."
+        caption = "All images are independent."
     else:
-        caption = f"The images of a row share all layers above and differ in layer {layer}."
+        caption = f"The images of a row share all layers above layer {layer} and differ in it."
     if layer > 1:
-        caption += " Layers below are at the mode of their prior."
-    title = f"{_layer_name(layer, sizes).capitalize()}, {_size_name(sizes[layer - 1])}"
+        caption += " The layers below are at the mode of their prior."
+    title = f"{layer_name(layer, len(sizes)).capitalize()}, {_size_name(sizes[layer - 1])}"
     block = Block([], images.flatten(0, 1), images.shape[1])
     draw_page(path, title, f"{caption} Means of p(x | z).", [block])
 
 
 def draw_layers(path: Path, by_layer: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> None:
-    """Write an overview of all layers, from the top.
+    """Draw an overview of all layers, from the top.
 
-    `by_layer` holds `inspection.layer_samples` for each layer, (rows, columns, C, H, W), and
-    `sizes` the layers' feature maps, both bottom to top.
+    `by_layer` holds `sampling.layer_samples` of each layer, (rows, columns, C, H, W), and `sizes`
+    the sizes of the layers' feature maps, both bottom to top.
     """
     caption = (
-        "The images of a row share all layers above its layer and differ in that layer; layers "
+        "The images of a row share all layers above the named layer and differ in it; the layers "
         "below are at the mode of their prior. Means of p(x | z)."
     )
     blocks = [
         Block(
-            [f"{_layer_name(i, sizes)}\n{_size_name(sizes[i - 1])}"],
+            [f"{layer_name(i, len(sizes))}\n{_size_name(sizes[i - 1])}"],
             by_layer[i - 1].flatten(0, 1),
             by_layer[i - 1].shape[1],
         )
         for i in range(len(sizes), 0, -1)
     ]
-    draw_page(path, "What varies with each layer", caption, blocks)
+    draw_page(path, "The role of each layer", caption, blocks)
 
 
 def draw_interpolations(path: Path, images: Tensor, ends: Tensor) -> None:
-    """Write `inspection.interpolations` (L, steps, C, H, W) with its two images (2, C, H, W)."""
+    """Draw `sampling.interpolations` (L, steps, C, H, W) and their two images (2, C, H, W)."""
     depth, steps = images.shape[:2]
     labels = [f"layer {depth} (top)"] + [f"layers {depth} to {i}" for i in range(depth - 1, 0, -1)]
     between = ends.new_full((steps - 2, *ends.shape[1:]), _GAP_GREY)
     originals = torch.cat([ends[:1], between, ends[1:]])
     caption = (
-        "Each row moves the latents of the layers named from the left image's to the right one's; "
-        "the other layers are at the mode of their prior. Means of p(x | z)."
+        "Each row interpolates the latents of the named layers between the two images; the other "
+        "layers are at the mode of their prior. Means of p(x | z)."
     )
     blocks = [Block(["images"], originals, steps), Block(labels, images.flatten(0, 1), steps)]
-    draw_page(path, "Interpolation through each level", caption, blocks)
-
-
-def _layer_name(layer: int, sizes: Sequence[object]) -> str:
-    ends = {1: " (bottom)", len(sizes): " (top)"}
-    return f"layer {layer}{ends.get(layer, '')}"
+    draw_page(path, "Interpolation at each level", caption, blocks)
 
 
 def _size_name(size: Sequence[int]) -> str:
@@ -238,17 +234,20 @@ def _size_name(size: Sequence[int]) -> str:
 
 
 def draw_kl_maps(path: Path, maps: Sequence[Tensor]) -> None:
-    """Write `inspection.kl_maps`, (h_i, w_i) for each layer from the bottom, in nats; top first."""
+    """Draw the KL by position, (h_i, w_i) in nats for each layer, listed from the bottom.
+
+    The top layer is drawn first.
+    """
     panel_width = _MAP_SIDE + _SPACING + _BAR_WIDTH + _BAR_LABEL
     panel_height = 2 * round(1.3 * _TEXT_SIZE) + _MAP_SIDE + 2 * _SPACING
     columns = min(_MAPS_PER_ROW, len(maps))
     rows = math.ceil(len(maps) / columns)
     caption = (
-        "Nats per image at each position, summed over channels, mean over images. Each layer has "
-        "its own scale."
+        "Nats at each position, summed over channels and averaged over images. Each layer has its "
+        "own scale."
     )
     page, draw, top = _new_page(
-        f"Where the KL is spent: {sum(m.sum().item() for m in maps):.2f} nats in all",
+        f"KL by position: {sum(m.sum().item() for m in maps):.2f} nats in total",
         caption,
         columns * panel_width,
         rows * panel_height,
@@ -256,7 +255,7 @@ def draw_kl_maps(path: Path, maps: Sequence[Tensor]) -> None:
     for number, layer in enumerate(range(len(maps), 0, -1)):
         row, column = divmod(number, columns)
         corner = (_MARGIN + column * panel_width, top + row * panel_height)
-        name = _layer_name(layer, maps)
+        name = layer_name(layer, len(maps))
         _draw_kl_map(page, draw, corner, name, maps[layer - 1])
     _write_image(path, page)
 
@@ -268,7 +267,7 @@ def _draw_kl_map(
     name: str,
     kl: Tensor,
 ) -> None:
-    """One layer's panel: its name, size and KL, the map, and its colour bar from 0."""
+    """A layer's panel: its name, size and KL, its map, and a colour bar that starts at 0."""
     left, top = corner
     font = _font(_TEXT_SIZE)
     draw.text((left, top), name, _INK, font)
@@ -288,7 +287,7 @@ def _draw_kl_map(
 
 
 def _coloured(shares: Tensor) -> Image.Image:
-    """Shares (H, W) in [0, 1] as colours, from dark to bright."""
+    """Values (H, W) in [0, 1] as colours, from dark to bright."""
     from matplotlib import colormaps
 
     return Image.fromarray(colormaps["viridis"](shares.numpy(), bytes=True)[..., :3])

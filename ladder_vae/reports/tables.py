@@ -52,6 +52,12 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
+def layer_name(layer: int, layers: int) -> str:
+    """A layer's name, such as "layer 1 (bottom)"."""
+    place = " (top)" if layer == layers else " (bottom)" if layer == 1 else ""
+    return f"layer {layer}{place}"
+
+
 def bounds_table(metrics: Metrics) -> list[Column]:
     """The bounds of one evaluation, with a row for each number of samples."""
     keys = ["elbo", *metrics.iw]

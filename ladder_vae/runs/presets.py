@@ -72,7 +72,7 @@ ROWS = (
     *("multi-dsprites-12", "svhn-15", "celeba-20"),
 )
 
-# The same networks trained on a short budget; see results/recipes.md.
+# The same networks trained on a short budget; see docs/reproduce.md.
 _FAST: dict[str, Any] = {
     "batch_size": 256,
     "lr": 5e-3,

@@ -70,6 +70,8 @@ class Run:
                     f"{content['format']}; this version reads format {FORMAT})"
                 )
             channels, height, width = content["image_shape"]
+            if not all(type(size) is int and size > 0 for size in (channels, height, width)):
+                raise ValueError(f"`image_shape` is {content['image_shape']}")
             config = RunConfig.from_dict(content["config"])
             return cls(path, config, (channels, height, width), dict(content["provenance"]))
         except KeyError as error:

@@ -17,14 +17,12 @@ from benchmarks.harness import plain
 from benchmarks.harness.convolutions import Convolutions, recorded
 from benchmarks.harness.lines import Line, execution_named
 from benchmarks.harness.operations import times_by_kind
-from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import merged
 from benchmarks.harness.roofline import Peak, counted, least_milliseconds, totals
 from benchmarks.harness.timing import medians, runs_per_turn
 from elbo import FreeBitsELBO
 from ladder_vae.networks.precision import Execution
 from ladder_vae.training.svi import SVI
-from runtime.distributed import joined_ranks
 from runtime.errors import UserError
 from tests.commands import refusal
 
@@ -327,7 +325,7 @@ def test_a_case_replaces_an_earlier_one_of_its_key(tmp_path: Path) -> None:
         merged(path, cases[0])
 
 
-# --- Turns and processes ---
+# --- Turns ---
 
 
 def test_medians_over_turns() -> None:
@@ -336,13 +334,3 @@ def test_medians_over_turns() -> None:
     ways = {name: values.__next__ for name, values in times.items()}
     assert medians(ways, repeats=3) == {"a": 2.0, "b": 5.0}
     assert [runs_per_turn(taken) for taken in (10.0, 0.1, 1e-9)] == [1, 3, 200]
-
-
-def sum_of_ranks(threads: int) -> tuple[int, int, int]:
-    torch.set_num_threads(threads)
-    with joined_ranks() as ranks:
-        return ranks.rank, sum(ranks.collect(ranks.rank + 1)), torch.get_num_threads()
-
-
-def test_fresh_processes_work_together() -> None:
-    assert in_fresh_processes(2, sum_of_ranks, 1) == [(0, 3, 1), (1, 3, 1)]

@@ -1,8 +1,7 @@
-"""The bound against evidence that is known: ladders small enough to integrate their latents out.
+"""The bound against a known log p(x): ladders small enough to integrate over their latents.
 
-A linear ladder with Gaussian pixels has a Gaussian p(x) in closed form, and a ladder with two
-scalar latents is integrated on a grid, whatever its networks and its likelihood are. Model, guide
-and estimator are the real ones.
+A linear ladder with Gaussian pixels has a Gaussian p(x) in closed form. A ladder with two scalar
+latents is integrated on a grid, whatever its networks and its likelihood.
 """
 
 import copy
@@ -37,7 +36,7 @@ class GivenImages(ImageSet):
 
 
 class Solved(NamedTuple):
-    """A ladder in evaluation mode, images, and what log p(x) is."""
+    """A ladder in evaluation mode, images, and their log p(x)."""
 
     model: LadderModel
     guide: LadderGuide
@@ -54,9 +53,9 @@ class Solved(NamedTuple):
 def made(
     z_dims: list[int], image_shape: tuple[int, int, int], likelihood: str, gain: float
 ) -> tuple[Any, Any]:
-    """A ladder with skip connections, whose guide is not far from its priors.
+    """A ladder with skip connections whose guide is close to its priors.
 
-    `gain` is how much its latents matter.
+    `gain` scales the effect of its latents.
     """
     config = LadderConfig(
         z_dims=z_dims,
@@ -66,7 +65,6 @@ def made(
         initial_downscaling=False,
         skip=True,
         likelihood=likelihood,
-        dataset="cifar10" if likelihood == "gaussian" else "static_mnist",
     )
     model: Any
     guide: Any
@@ -98,7 +96,7 @@ def linearise(model: Any) -> None:
 
 
 class Noise(Messenger):
-    """Draws the variables called `names` from noise (n, all of their elements), side by side."""
+    """Draws the variables called `names` from the given noise (n, number of all elements)."""
 
     def __init__(self, names: list[str], noise: Tensor) -> None:
         super().__init__()
@@ -115,10 +113,10 @@ class Noise(Messenger):
 
 
 def joint_normal(model: LadderModel) -> MultivariateNormal:
-    """The joint distribution of all latents from the top, and then the pixels, in one row.
+    """The joint distribution of all latents from the top, followed by the pixels.
 
-    Every variable is mean(those above) + scale * noise; with linear means all of them are linear
-    in all the noise, and so known from where zero noise and the unit vectors lead.
+    Every variable is mean(variables above) + scale * noise. With linear means, all variables are
+    linear in the noise, so the images of zero noise and of the unit vectors determine them.
     """
     double = copy.deepcopy(model).double()
     names = [*(f"z_{i}" for i in range(len(model.layers), 0, -1)), "x"]
@@ -132,21 +130,21 @@ def joint_normal(model: LadderModel) -> MultivariateNormal:
     nodes = poutine.trace(double).get_trace(n=1).nodes
     count = sum(nodes[name]["value"].numel() for name in names)
     mean = variables(torch.zeros(1, count).double())
-    columns = variables(torch.eye(count).double()) - mean  # row i: where unit vector i leads
+    columns = variables(torch.eye(count).double()) - mean  # row i: the image of unit vector i
     some = torch.randn(5, count).double()
     assert_close(variables(some), mean + some @ columns)  # it is linear
     return MultivariateNormal(mean[0], columns.T @ columns)
 
 
 def marginal(joint: MultivariateNormal, last: int) -> MultivariateNormal:
-    """Of the last so many variables."""
+    """The marginal distribution of the last variables."""
     return MultivariateNormal(joint.loc[-last:], joint.covariance_matrix[-last:, -last:])
 
 
 def linear_ladder(
     z_dims: list[int], image_shape: tuple[int, int, int], n: int, gain: float
 ) -> Solved:
-    """With images that the model has drawn itself."""
+    """A linear ladder, with images drawn from the model."""
     model, guide = made(z_dims, image_shape, "gaussian", gain)
     linearise(model)
     with torch.no_grad():
@@ -176,9 +174,9 @@ def integrated_evidence(model: LadderModel, x: Tensor) -> Tensor:
 
 
 def bernoulli_ladder() -> Solved:
-    """With all eight images of three binary pixels, each fifty times."""
+    """A ladder with all eight images of three binary pixels, each fifty times."""
     model, guide = made([1, 1], (3, 1, 1), "bernoulli", gain=5)
-    with torch.no_grad():  # three pixels tell so little that only a shift makes a gap
+    with torch.no_grad():  # without a shift, three pixels would leave almost no gap
         for posterior in (guide.top_posterior, *guide.posteriors):
             posterior.conv.bias[0].add_(0.7)
     x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=3))).view(8, 3, 1, 1)
@@ -195,7 +193,7 @@ def test_both_ways_to_the_evidence_agree() -> None:
     assert_close(found, solved.evidence, rtol=0, atol=1e-6)
 
 
-# --- Any guide: a bound that rises to the evidence ---
+# --- Any guide: the bound increases to the evidence ---
 
 
 @pytest.fixture(
@@ -204,7 +202,7 @@ def test_both_ways_to_the_evidence_agree() -> None:
     ids=["linear", "bernoulli"],
 )
 def scored(request: pytest.FixtureRequest) -> tuple[Tensor, Bounds]:
-    """log p(x) (N,) and the bounds on it, with a guide that nobody trained."""
+    """log p(x) (N,) and its bounds, with an untrained guide."""
     torch.manual_seed(3)
     make: Callable[[], Solved] = request.param
     solved = make()
@@ -215,8 +213,8 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
 
 
-def test_the_bound_rises_with_the_number_of_samples(scored: tuple[Tensor, Bounds]) -> None:
-    """From the ELBO, which is well below, and significantly where K grows enough."""
+def test_the_bound_increases_with_the_number_of_samples(scored: tuple[Tensor, Bounds]) -> None:
+    """From the ELBO, which is well below, and significantly if K grows enough."""
     evidence, bounds = scored
     found = bounds.importance_weighted
     gap, error = mean_and_error(evidence - bounds.elbo)
@@ -227,14 +225,14 @@ def test_the_bound_rises_with_the_number_of_samples(scored: tuple[Tensor, Bounds
     for fewer, more in itertools.pairwise(SAMPLES):
         assert found[more].mean() > found[fewer].mean()
     for fewer, more in ((1, 4), (4, 256)):
-        rise, error = mean_and_error(found[more] - found[fewer])
-        assert rise > 4 * error
+        increase, error = mean_and_error(found[more] - found[fewer])
+        assert increase > 4 * error
 
 
 def test_the_bound_comes_to_the_evidence_from_below(scored: tuple[Tensor, Bounds]) -> None:
-    """At no number of samples above it, and at the most samples no more than 0.02 nats below.
+    """At every K not above it, and at the largest K at most 0.02 nats below.
 
-    Either up to four standard errors.
+    Both within four standard errors.
     """
     evidence, bounds = scored
     for k in SAMPLES:
@@ -254,7 +252,7 @@ def test_the_weights_are_unbiased(scored: tuple[Tensor, Bounds]) -> None:
 
 
 def test_the_elbo_misses_the_evidence_by_its_kl(scored: tuple[Tensor, Bounds]) -> None:
-    """What is below the evidence is the divergence from the posterior: it cannot be negative."""
+    """The gap is the divergence from the exact posterior, which cannot be negative."""
     evidence, bounds = scored
     assert_close(bounds.elbo, bounds.log_likelihood - bounds.kl.sum(1), rtol=0, atol=1e-12)
     gap = evidence - bounds.elbo  # the mean over 256 samples
@@ -307,7 +305,7 @@ def exact() -> Solved:
 
 
 def test_the_exact_posterior_leaves_no_gap(exact: Solved) -> None:
-    """Each weight is p(x): the evidence for every K, to single precision, from samples alike."""
+    """Each weight is p(x), so every bound is the evidence, to single precision."""
     samples = [1, 2, 7, 100]
     bounds = exact.bounds(samples)
     for k in samples:
@@ -316,10 +314,10 @@ def test_the_exact_posterior_leaves_no_gap(exact: Solved) -> None:
     all_samples = torch.full_like(exact.evidence, 100)
     assert_close(bounds.effective_samples, all_samples, rtol=1e-8, atol=0)
     assert (bounds.pareto_k < UNRELIABLE).all()
-    assert bounds.kl.mean(0).min() > 0.01  # though the posterior is not the prior
+    assert bounds.kl.mean(0).min() > 0.01  # but the posterior is not the prior
 
 
-def test_kl_by_layer_is_its_closed_form_in_the_mean(exact: Solved) -> None:
+def test_kl_by_layer_averages_to_its_closed_form(exact: Solved) -> None:
     """Samples of both layers' KL average to it within four standard errors, bottom first."""
     assert isinstance(exact.guide, ExactGuide)
     x = exact.images.batch(torch.arange(len(exact.images))).flatten(1)
@@ -327,7 +325,7 @@ def test_kl_by_layer_is_its_closed_form_in_the_mean(exact: Solved) -> None:
     mean, log_variance = exact.guide.conditional(0, x)
     top = Normal(mean, (log_variance / 2).exp())
     expected_top = kl_divergence(top, prior).squeeze(1)
-    # The KL of the layer below is of degree two in z_2: three points of Gauss-Hermite are exact.
+    # The KL of the bottom layer is quadratic in z_2: three Gauss-Hermite points are exact.
     expected_bottom = torch.zeros_like(expected_top)
     for point, weight in ((-math.sqrt(3), 1 / 6), (0.0, 2 / 3), (math.sqrt(3), 1 / 6)):
         z = top.mean + point * top.stddev  # (N, 1)
@@ -342,7 +340,7 @@ def test_kl_by_layer_is_its_closed_form_in_the_mean(exact: Solved) -> None:
 
 
 def prior_of(solved: Solved, z_2: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and scale of p(z_2), or (N, 1) of p(z_1 | z_2), read off the model in float64."""
+    """Mean and scale of p(z_2), or (N, 1) of p(z_1 | z_2), from the model in float64."""
     double = copy.deepcopy(solved.model).double()
     with torch.no_grad():
         if z_2 is None:

@@ -1,4 +1,4 @@
-"""The importance-weighted bound against sums by hand and Pyro's, and what its digits depend on."""
+"""The importance-weighted bound: against direct sums and Pyro, and what its digits depend on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,8 +14,9 @@ from torch.testing import assert_close
 
 from datasets import ImageSet
 from datasets.images import DynamicallyBinarizedImages, PackedImages
-from elbo import FreeBitsELBO, Terms
+from elbo import FreeBitsELBO
 from guide import build_ladder
+from ladder_vae.evaluation import importance
 from ladder_vae.evaluation.importance import (
     Blocks,
     Bounds,
@@ -23,7 +24,7 @@ from ladder_vae.evaluation.importance import (
     importance_weighted_bounds,
     random_index,
 )
-from ladder_vae.evaluation.kl import channel_kl
+from ladder_vae.evaluation.kl import by_channel, mean_kl
 from ladder_vae.networks import LadderConfig
 from runtime.random import torch_seed
 
@@ -33,7 +34,7 @@ SEED = 5
 
 @pytest.fixture
 def ladder() -> tuple[Any, Any]:
-    """A small model and guide in evaluation mode, with weights as they are at the start."""
+    """A small model and guide in evaluation mode, with their initial weights."""
     torch.manual_seed(0)
     config = LadderConfig(
         z_dims=[2, 3],
@@ -84,7 +85,7 @@ def set_to_zero(*modules: nn.Module) -> None:
             nn.init.zeros_(p)
 
 
-# batch_size, samples; then the images to a group and the samples to a chunk that they make
+# batch_size, samples; images in a group and samples in a chunk
 BLOCKS = [
     (6, [1, 2, 4], 1, 4),  # all samples of one image at once
     (2, [1, 3, 5], 1, 2),  # in chunks, the last one smaller
@@ -98,7 +99,7 @@ BLOCKS = [
 def test_bounds_by_hand(
     ladder: tuple[Any, Any], batch_size: int, samples: list[int], group: int, chunk: int
 ) -> None:
-    """The bound at K is logsumexp of the first K log-weights - log K, whatever the blocks are."""
+    """The bound at K is the logsumexp of the first K log-weights minus log K, for all blocks."""
     model, guide = ladder
     images = made_images(6)
     bounds = bounds_of(ladder, images, samples, batch_size=batch_size)
@@ -132,16 +133,16 @@ def test_bounds_by_hand(
 def test_sums_over_samples_are_of_double_precision(
     ladder: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of log-weights as large as those of colour images, where single precision has 1e-3 nats."""
+    """For log-weights as large as those of colour images, which float32 rounds to 1e-3 nats."""
     log_likelihood = 3 * torch.randn(600) - 7000
     kl = 5 + torch.rand(600, 2)
     done = iter(range(0, 600, 50))
 
-    def terms(*arguments: Any, **options: Any) -> Terms:
+    def terms(guide: Any) -> tuple[Tensor, Tensor]:
         part = slice(first := next(done), first + 50)
-        return Terms(log_likelihood[part], kl[part])
+        return log_likelihood[part], kl[part]
 
-    monkeypatch.setattr(FreeBitsELBO, "compute_terms", terms)
+    monkeypatch.setattr(importance, "sampled_terms", terms)
     bounds = bounds_of(ladder, made_images(1), [7, 600], batch_size=50)
     log_w = log_likelihood.double() - kl.double().sum(1)
     exact: dict[str, Any] = {"rtol": 0, "atol": 1e-10}
@@ -152,8 +153,8 @@ def test_sums_over_samples_are_of_double_precision(
     assert_close(bounds.kl, kl.double().mean(0).view(1, 2), **exact)
 
 
-def test_every_smaller_k_comes_out_of_the_same_pass(ladder: tuple[Any, Any]) -> None:
-    """Asking for more bounds changes none of them."""
+def test_one_pass_gives_the_bound_at_every_smaller_k(ladder: tuple[Any, Any]) -> None:
+    """The bound at a K does not depend on the other Ks."""
     images = made_images(3)
     alone = bounds_of(ladder, images, [6], batch_size=4)
     many = bounds_of(ladder, images, [1, 2, 3, 5, 6], batch_size=4)
@@ -161,13 +162,13 @@ def test_every_smaller_k_comes_out_of_the_same_pass(ladder: tuple[Any, Any]) -> 
     assert torch.equal(alone.elbo, many.elbo)
 
 
-def test_elbo_is_the_log_likelihood_less_the_kl(ladder: tuple[Any, Any]) -> None:
+def test_elbo_is_the_log_likelihood_minus_the_kl(ladder: tuple[Any, Any]) -> None:
     bounds = bounds_of(ladder, made_images(5), [3], batch_size=4)
     assert torch.equal(bounds.elbo, bounds.log_likelihood - bounds.kl.sum(1))
 
 
 def test_the_same_blocks_give_the_same_digits(ladder: tuple[Any, Any]) -> None:
-    """Figures depend on the seed, and not on the global random state, which stays as it is."""
+    """Bounds depend on the seed, not on the global random state, which does not change."""
     images = made_images(5)
     first = bounds_of(ladder, images, [1, 4], batch_size=6)
     torch.manual_seed(123)
@@ -179,7 +180,7 @@ def test_the_same_blocks_give_the_same_digits(ladder: tuple[Any, Any]) -> None:
     assert not any(map(torch.equal, all_tensors(first), all_tensors(other)))
 
 
-def test_blocks_of_another_size_change_the_noise_alone(ladder: tuple[Any, Any]) -> None:
+def test_the_block_size_only_changes_the_noise(ladder: tuple[Any, Any]) -> None:
     """Means over seeds agree within four standard errors."""
     images = made_images(4)
     figures = []
@@ -194,11 +195,11 @@ def test_blocks_of_another_size_change_the_noise_alone(ladder: tuple[Any, Any]) 
     assert (difference.abs() < 4 * error).all()
 
 
-def test_images_keep_the_order_of_the_index(ladder: tuple[Any, Any]) -> None:
+def test_bounds_are_in_the_order_of_the_index(ladder: tuple[Any, Any]) -> None:
     model, guide = ladder
     set_to_zero(guide.top_posterior, *(p.conv for p in guide.posteriors), *model.priors)
     nn.init.zeros_(model.likelihood.conv.weight)
-    nn.init.ones_(model.likelihood.conv.bias)  # so that the score is known from the pixels
+    nn.init.ones_(model.likelihood.conv.bias)  # so that the score follows from the pixels
     images = made_images(9)
     index = torch.tensor([7, 0, 3, 3, 8])
     bounds = bounds_of(ladder, images, [2], batch_size=4, index=index)
@@ -207,7 +208,7 @@ def test_images_keep_the_order_of_the_index(ladder: tuple[Any, Any]) -> None:
     assert_close(bounds.importance_weighted[2], expected, rtol=1e-6, atol=1e-4)
 
 
-def test_the_bottom_up_pass_runs_once_for_a_group(ladder: tuple[Any, Any]) -> None:
+def test_the_bottom_up_pass_runs_once_per_group(ladder: tuple[Any, Any]) -> None:
     _, guide = ladder
     sizes: list[int] = []
     guide.bottom_up.register_forward_hook(lambda module, inputs, y: sizes.append(len(inputs[0])))
@@ -227,14 +228,14 @@ def test_the_bottom_up_pass_runs_once_for_a_group(ladder: tuple[Any, Any]) -> No
     assert sizes == [1, 1, 1]
 
 
-# --- The same noise for every image and sample, however they are cut into passes ---
+# --- The same noise for every image and sample, whatever the blocks ---
 
 
 Part = tuple[slice, slice]  # of the images, and of the samples
 
 
 class Noise(Messenger):
-    """Draws z_i = mean + scale * eps_i, with eps_i (N, K, Z, h, w) for the parts that pass by."""
+    """Draws z_i = mean + scale * eps_i, with eps_i (N, K, Z, h, w) of the next part."""
 
     def __init__(self, noise: dict[str, Tensor], parts: Iterator[Part]) -> None:
         super().__init__()
@@ -253,7 +254,7 @@ class Noise(Messenger):
 
 
 def parts_of(blocks: Blocks, images: int, samples: int) -> Iterator[Part]:
-    """What the sampler's passes are of, one after another."""
+    """The images and samples of the sampler's passes."""
     for first in range(0, images, blocks.images):
         done = 0
         for k in blocks.chunks(samples):
@@ -262,7 +263,7 @@ def parts_of(blocks: Blocks, images: int, samples: int) -> Iterator[Part]:
 
 
 def noise_of(images: int, samples: int) -> dict[str, Tensor]:
-    """For the ladder of these tests, two layers."""
+    """Noise for the two layers of the ladder in these tests."""
     generator = torch.Generator().manual_seed(11)
     return {
         "z_1": torch.randn(images, samples, 2, 8, 8, generator=generator),
@@ -297,14 +298,16 @@ def any_ladder(request: pytest.FixtureRequest) -> tuple[Any, Any]:
         dropout=0.5 if special else 0.0,
     )
     model, guide = build_ladder(config, (1, 8, 8))
-    if special:  # statistics that are not those at the start
+    if special:  # statistics other than the initial ones
         guide(made_images(6).batch(torch.arange(6)))
     return model.eval(), guide.eval()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 12, 30, 1000])
-def test_a_pass_s_size_enters_no_figure(any_ladder: tuple[Any, Any], batch_size: int) -> None:
-    """With the same noise: images alone or beside others, samples in one chunk or in many."""
+def test_bounds_do_not_depend_on_the_block_size(
+    any_ladder: tuple[Any, Any], batch_size: int
+) -> None:
+    """With the same noise: images alone or with others, samples in one chunk or in many."""
     images, samples = made_images(6), [1, 2, 5, 24]
     alone = bounds_with_noise(any_ladder, images, samples, 24)
     found = bounds_with_noise(any_ladder, images, samples, batch_size)
@@ -331,13 +334,13 @@ def test_the_bound_is_pyro_s_renyi_elbo(ladder: tuple[Any, Any], k: int) -> None
 
 
 def tables(sampler: ImportanceSampler, order: Sequence[int]) -> list[Tensor]:
-    """Of all groups, computed in this order."""
+    """The tables of all groups, computed in the given order."""
     found = {number: sampler.group(number).table() for number in order}
     return [found[number] for number in range(len(sampler))]
 
 
 def test_groups_in_any_order_give_the_same_digits(ladder: tuple[Any, Any]) -> None:
-    """And twice, and by another sampler: a group depends on nothing but its number."""
+    """Also when computed twice, or by another sampler: a group depends only on its number."""
     images = made_images(7)
     first, second = (
         ImportanceSampler(*ladder, images, torch.arange(7), [1, 3], batch_size=6, seed=SEED)
@@ -357,8 +360,8 @@ def test_the_order_of_the_index_changes_no_digit(ladder: tuple[Any, Any]) -> Non
     assert len(set(bounds.elbo.tolist())) == 6
 
 
-def test_images_drawn_anew_are_part_of_the_noise(ladder: tuple[Any, Any]) -> None:
-    """The same for the same seed, whatever was read in between; others for another seed."""
+def test_images_binarized_at_each_reading_are_part_of_the_noise(ladder: tuple[Any, Any]) -> None:
+    """The same for the same seed, whatever was read in between; different for another seed."""
     grey = torch.randint(1, 255, (8, 1, 8, 8), dtype=torch.uint8)
     images = DynamicallyBinarizedImages("made", "train", (1, 8, 8), grey)
     read: list[Tensor] = []
@@ -373,7 +376,7 @@ def test_images_drawn_anew_are_part_of_the_noise(ladder: tuple[Any, Any]) -> Non
     assert not torch.equal(read[0], read[2])
 
 
-def test_a_table_holds_all_figures(ladder: tuple[Any, Any]) -> None:
+def test_a_table_holds_all_bounds(ladder: tuple[Any, Any]) -> None:
     bounds = bounds_of(ladder, made_images(3), [1, 2, 30], batch_size=60)
     again = Bounds.from_table(bounds.table(), [1, 2, 30])
     assert list(again.importance_weighted) == [1, 2, 30]
@@ -392,18 +395,18 @@ def test_a_table_holds_all_figures(ladder: tuple[Any, Any]) -> None:
     ],
 )
 def test_blocks(batch_size: int, samples: int, blocks: tuple[int, int], chunks: list[int]) -> None:
-    """All samples of an image where they fit, and as many images as fit beside them."""
+    """All samples of an image if they fit, and then as many images as fit."""
     made = Blocks.of(batch_size, samples)
     assert (made.images, made.samples) == blocks
     assert made.chunks(samples) == chunks
     assert made.images * made.samples <= batch_size
 
 
-# --- Evidence that is known ---
+# --- Known evidence ---
 
 
 def test_a_posterior_equal_to_the_prior_leaves_no_gap(ladder: tuple[Any, Any]) -> None:
-    """With a head of zeros, log p(x) is -64 log 2, and so is the bound at every K."""
+    """With a zero output layer, log p(x) is -64 log 2, and so is the bound at every K."""
     model, guide = ladder
     set_to_zero(guide.top_posterior, *(p.conv for p in guide.posteriors), *model.priors)
     set_to_zero(model.likelihood)
@@ -415,14 +418,14 @@ def test_a_posterior_equal_to_the_prior_leaves_no_gap(ladder: tuple[Any, Any]) -
 
 
 def test_importance_weights_are_unbiased_for_a_known_evidence(ladder: tuple[Any, Any]) -> None:
-    """E[w] = p(x) for any posterior, and log p(x) is -64 log 2 with a head of zeros."""
+    """E[w] = p(x) for any posterior; with a zero output layer, log p(x) is -64 log 2."""
     model, guide = ladder
     set_to_zero(model.likelihood)
     with torch.no_grad():
         for conv in (guide.top_posterior.conv, *(p.conv for p in guide.posteriors)):
             conv.weight.mul_(0.2)
             conv.bias.mul_(0.2)
-            conv.bias[: len(conv.bias) // 2].add_(0.1)  # means off the prior's
+            conv.bias[: len(conv.bias) // 2].add_(0.1)  # other means than the prior
     set_to_zero(*model.priors)
     bounds = bounds_of(ladder, made_images(200), [1, 16], batch_size=400)
     evidence = -PIXELS * math.log(2)
@@ -431,11 +434,11 @@ def test_importance_weights_are_unbiased_for_a_known_evidence(ladder: tuple[Any,
         assert abs(w.mean() - 1) < 4 * w.std() / math.sqrt(len(w))
     gap = {k: evidence - bound.mean().item() for k, bound in bounds.importance_weighted.items()}
     assert bounds.kl.mean(0).min() > 0.1  # the posterior is not the prior
-    assert gap[1] > 2 * gap[16] > 0  # and the bound closes in on the evidence
+    assert gap[1] > 2 * gap[16] > 0  # and the bound approaches the evidence
 
 
 def test_random_index() -> None:
-    """Distinct numbers, fixed by the seed; all of them in order where none is left out."""
+    """Distinct numbers, fixed by the seed; all of them in order if none is skipped."""
     index = random_index(100, 30, seed=1)
     assert index.dtype == torch.int64
     assert len(set(index.tolist())) == 30
@@ -454,7 +457,7 @@ def test_channel_kl_sums_to_the_analytic_kl(ladder: tuple[Any, Any]) -> None:
     images = made_images(10)
     index = torch.tensor([9, 1, 2, 3, 4, 5, 8])
     torch.manual_seed(7)
-    channels = channel_kl(guide, images, index, batch_size=3)
+    channels = by_channel(mean_kl(guide, images, index, batch_size=3))
     assert [c.shape for c in channels] == [(2,), (3,)]
     assert all((c > 0).all() for c in channels)
     torch.manual_seed(7)

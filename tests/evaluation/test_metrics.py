@@ -1,4 +1,4 @@
-"""Figures from bounds that are known: exact means and errors, JSON, the table and per_image.npz."""
+"""Metrics of known bounds: exact means and errors, metrics.json and per_image.npz."""
 
 import json
 import math
@@ -11,15 +11,16 @@ import torch
 
 from ladder_vae.evaluation.importance import Bounds
 from ladder_vae.evaluation.metrics import (
+    Metrics,
     bits_per_dim,
     curve_samples,
     metrics,
     standard_error,
-    table,
     warning,
     write_per_image,
 )
 from runtime.files import to_json, write_json
+from tests.made_data import refusal
 
 SHAPE = (1, 2, 2)
 
@@ -29,8 +30,8 @@ def doubles(*values: float) -> torch.Tensor:
 
 
 def made_bounds(**changes: Any) -> Bounds:
-    """Of three images and two layers, at K = 1, 2, 4."""
-    figures: dict[str, Any] = {
+    """Bounds of three images and two layers, at K = 1, 2, 4."""
+    content: dict[str, Any] = {
         "elbo": doubles(-4, -6, -8),
         "importance_weighted": {
             1: doubles(-4, -5, -9),
@@ -42,10 +43,10 @@ def made_bounds(**changes: Any) -> Bounds:
         "effective_samples": doubles(1, 3.5, 3),
         "pareto_k": doubles(0.1, 0.75, 0.3),
     }
-    return Bounds(**(figures | changes))
+    return Bounds(**(content | changes))
 
 
-def test_figures_are_exact() -> None:
+def test_metrics_are_exact() -> None:
     found = metrics(made_bounds(), [1, 4], SHAPE)
     assert found["elbo"] == 6
     assert found["iw"] == {"1": 6, "4": 5}
@@ -83,7 +84,7 @@ def test_metrics_have_these_names() -> None:
     ]
 
 
-def test_bits_per_dim_is_of_pixels_times_channels() -> None:
+def test_bits_per_dim_counts_pixels_times_channels() -> None:
     assert bits_per_dim(3072 * math.log(2), (3, 32, 32)) == pytest.approx(1, rel=1e-15)
 
 
@@ -96,7 +97,7 @@ def test_bits_per_dim_is_of_pixels_times_channels() -> None:
         ([3, 5, 6], [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_curve_is_at_all_powers_of_two(samples: list[int], expected: list[int]) -> None:
+def test_the_curve_includes_all_powers_of_two(samples: list[int], expected: list[int]) -> None:
     assert curve_samples(samples) == expected
 
 
@@ -109,49 +110,53 @@ def test_one_image_has_no_standard_error() -> None:
 
 
 @pytest.mark.parametrize(("above", "of"), [(0, 3), (1, 20), (5, 100)])
-def test_a_few_unreliable_images_are_no_reason_to_warn(above: int, of: int) -> None:
+def test_a_few_unreliable_images_cause_no_warning(above: int, of: int) -> None:
     k_hat = torch.full((of,), 0.7, dtype=torch.float64)
     k_hat[:above] = 0.8
     assert warning(made_bounds(pareto_k=k_hat), 4) is None
 
 
 @pytest.mark.parametrize(("above", "of", "share"), [(2, 20, "10%"), (6, 100, "6%"), (3, 3, "100%")])
-def test_more_unreliable_images_are_told(above: int, of: int, share: str) -> None:
+def test_more_unreliable_images_cause_a_warning(above: int, of: int, share: str) -> None:
     k_hat = torch.full((of,), -math.inf, dtype=torch.float64)
     k_hat[:above] = 0.71
     bounds = made_bounds(importance_weighted={1000: doubles(-3, -5, -7)}, pareto_k=k_hat)
     found = warning(bounds, 1000)
     assert found is not None
-    for part in ("1,000 samples", "lower bound", f"for {share} of the images", "k-hat above 0.7"):
+    for part in (
+        "1,000 samples",
+        "does not approximate",
+        f"for {share} of the images",
+        "k-hat above 0.7",
+    ):
         assert part in found
     assert "\n" not in found
     assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE)["warning"] is not None
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_bound_that_is_not_finite_is_told(value: float) -> None:
-    """Its k-hat, which is none, would say nothing."""
+def test_a_bound_that_is_not_finite_causes_a_warning(value: float) -> None:
+    """Such an image has no k-hat."""
     bounds = made_bounds(
         importance_weighted={4: doubles(-3, value, -5)}, pareto_k=doubles(0.1, math.nan, 0.1)
     )
     assert warning(bounds, 4) == (
-        "the bound with 4 samples is not finite for 1 of 3 images: the model's weights may have "
-        "diverged, use an earlier checkpoint"
+        "the bound with 4 samples is not finite for 1 of 3 images: the training may have diverged, "
+        "so use an earlier checkpoint"
     )
 
 
-def test_too_few_samples_can_tell_nothing() -> None:
+def test_too_few_samples_cause_no_warning() -> None:
     bounds = made_bounds(pareto_k=torch.full((3,), torch.nan))
     assert warning(bounds, 4) is None
     found = metrics(bounds, [1, 4], SHAPE)
     assert found["pareto_k"] is None
-    assert "k-hat" not in table(found)
 
 
 # --- Files ---
 
 
-def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
     bounds = made_bounds(
         elbo=doubles(-math.inf, -1, -2),
         pareto_k=torch.full((3,), -math.inf, dtype=torch.float64),
@@ -169,8 +174,8 @@ def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     assert json.loads(to_json([math.nan, math.inf, -math.inf, 1.5])) == [None, None, None, 1.5]
 
 
-def test_per_image_figures_are_read_back(tmp_path: Path) -> None:
-    """To the last digit, in the order of the index; no pickle is needed."""
+def test_per_image_metrics_are_read_back(tmp_path: Path) -> None:
+    """To the last digit, in the order of the index, and without pickle."""
     bounds = made_bounds(pareto_k=doubles(0.1, math.nan, -math.inf))
     index = torch.tensor([7, 0, 3])
     write_per_image(tmp_path / "per_image.npz", bounds, index)
@@ -193,17 +198,18 @@ def test_per_image_figures_are_read_back(tmp_path: Path) -> None:
         assert found[name].dtype == (np.int64 if whole else np.float64)
 
 
-def test_the_table_is_for_reading() -> None:
-    """`iw` in the order that it has in the file, numbers of samples with a comma."""
-    bounds = made_bounds(
-        importance_weighted={1: doubles(-4, -5, -9), 1000: doubles(-3, -5, -7)},
-        effective_samples=doubles(10, 30, 20),
-    )
-    assert table(metrics(bounds, [1, 1000], SHAPE)).splitlines() == [
-        "negative bound                  nats  std. error  bits/dim",
-        "ELBO                            6.00        1.15     2.164",
-        "1 importance sample             6.00        1.53     2.164",
-        "1,000 importance samples        5.00        1.15     1.803",
-        "KL by layer, bottom to top: 3.00  1.00 nats",
-        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.7 for 33.3% of the images",
-    ]
+def test_metrics_are_read_from_their_file(tmp_path: Path) -> None:
+    """With None for what is not finite or missing."""
+    found = metrics(made_bounds(elbo=doubles(-math.inf, -1, -2)), [1, 4], SHAPE)
+    more = {"dataset": "digits", "split": "test", "step": 7, "limit": None}
+    write_json(tmp_path / "metrics.json", found | more)
+    read = Metrics.read(tmp_path / "metrics.json")
+    assert read.bound("elbo") is None
+    assert read.bound("4") == 5
+    assert read.bound("3") is None
+    assert read.kl == 4
+    assert (read.n_images, read.step, read.limit, read.seed) == (3, 7, None, None)
+    assert read.pareto_k == found["pareto_k"]
+    write_json(tmp_path / "metrics.json", found)
+    refused = refusal(lambda: Metrics.read(tmp_path / "metrics.json"))
+    assert "metrics.json is damaged or does not hold the metrics of an evaluation" in refused

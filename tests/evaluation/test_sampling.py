@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from datasets.images import PackedImages
 from elbo import FreeBitsELBO
 from guide import TopPosterior
-from ladder_vae.evaluation.kl import kl_maps
+from ladder_vae.evaluation.kl import by_position, mean_kl
 from ladder_vae.evaluation.sampling import (
     Temperature,
     interpolations,
@@ -121,9 +121,9 @@ def test_temperature_around_the_guide_scales_the_posterior(make_pair: MakePair, 
 @pytest.mark.parametrize(
     ("temperature", "message"),
     [
-        ([1.0, 0.5], "2 temperatures are given and the ladder has 3 layers"),
-        (-1.0, "a temperature is -1.0; it must be finite and not negative"),
-        ([1.0, float("nan"), 1.0], "a temperature is nan; it must be finite"),
+        ([1.0, 0.5], "--temperature has 2 values but the ladder has 3 layers"),
+        (-1.0, "--temperature is -1.0; it must be finite and not negative"),
+        ([1.0, float("nan"), 1.0], "--temperature is nan; it must be finite"),
     ],
 )
 def test_temperatures_that_make_no_sense(
@@ -262,7 +262,7 @@ def test_kl_maps_sum_to_the_kl_of_each_layer(pair: tuple[Any, Any]) -> None:
     pixels = np.random.default_rng(1).integers(0, 2, (7, 1, 8, 10), np.uint8)
     images, index = PackedImages.pack("made", "test", pixels), torch.tensor([5, 0, 3, 2, 6])
     torch.manual_seed(3)
-    maps = kl_maps(guide, images, index, batch_size=4)
+    maps = by_position(mean_kl(guide, images, index, batch_size=4))
     torch.manual_seed(3)
     elbo = FreeBitsELBO(analytic_kl=True)
     with torch.no_grad():
@@ -286,5 +286,5 @@ def test_a_kl_map_shows_where_the_posterior_differs(
     posterior = dist.Normal(mean, torch.ones_like(mean)).to_event(3)
     monkeypatch.setattr(TopPosterior, "forward", lambda self, d: posterior)
     images = PackedImages.pack("made", "test", x.numpy().astype(np.uint8))
-    top = kl_maps(guide, images, torch.arange(5), 5)[-1]
+    top = by_position(mean_kl(guide, images, torch.arange(5), 5))[-1]
     equal(top, torch.tensor([[0.0, (3.0**2 + 1.0**2) / 2]]))

@@ -1,6 +1,5 @@
-"""Scoring that is killed, continued, damaged and split over processes: always the same digits."""
+"""Scoring that is killed, resumed, damaged and shared by processes: always the same digits."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -23,29 +22,27 @@ from elbo import FreeBitsELBO
 from guide import build_ladder
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
 from ladder_vae.evaluation.metrics import curve_samples
-from ladder_vae.evaluation.scoring import Ledger, fingerprint, score
+from ladder_vae.evaluation.scoring import ProgressFile, fingerprint, score
 from ladder_vae.networks import LadderConfig
-from ladder_vae.runs.checkpoint import STATE
-from ladder_vae.runs.command_line import config_from
+from ladder_vae.runs.checkpoint import weights_only
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.run import Run
 from runtime.distributed import Ranks
-from runtime.errors import run_command
+from tests.commands import ROOT, subprocess_environment
 from tests.made_data import refusal
-from train_svi import parse_arguments
-
-ROOT = Path(__file__).parent.parent
 
 
 class Groups:
-    """Counts the groups that samplers compute, and can break off before one of them."""
+    """Records the groups that samplers compute, and can interrupt before one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.numbers: list[int] = []
-        self.break_off_before: int | None = None
+        self.interrupt_before: int | None = None
         original = ImportanceSampler.group
 
         def group(sampler: ImportanceSampler, number: int) -> Bounds:
-            if number == self.break_off_before:
+            if number == self.interrupt_before:
                 raise KeyboardInterrupt
             self.numbers.append(number)
             return original(sampler, number)
@@ -58,7 +55,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
     return Groups(monkeypatch)
 
 
-# --- The ledger ---
+# --- The progress file ---
 
 
 @pytest.fixture
@@ -93,43 +90,45 @@ def sampler_of(ladder: tuple[Any, Any], **changes: Any) -> ImportanceSampler:
 
 def scored(sampler: ImportanceSampler, folder: Path, key: str = "key") -> Tensor:
     """The table of all images."""
-    return score(sampler, Ledger(folder, key, sampler), Ranks()).table()
+    return score(sampler, ProgressFile(folder, key, sampler), Ranks()).table()
 
 
 def same_digits(one: Tensor, other: Tensor) -> bool:
     return np.array_equal(one.numpy(), other.numpy(), equal_nan=True)
 
 
-def test_a_scoring_is_continued(ladder: tuple[Any, Any], tmp_path: Path, groups: Groups) -> None:
-    """Broken off before the third group of four, and again before the last."""
-    unbroken = scored(sampler_of(ladder), tmp_path / "unbroken")
+def test_an_interrupted_scoring_resumes(
+    ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
+) -> None:
+    """Interrupted before the third group of four, and again before the last."""
+    uninterrupted = scored(sampler_of(ladder), tmp_path / "uninterrupted")
     assert groups.numbers == [0, 1, 2, 3]
-    for break_off_before, computed in ((2, [0, 1]), (3, [2]), (None, [3]), (None, [])):
-        groups.numbers, groups.break_off_before = [], break_off_before
+    for interrupt_before, computed in ((2, [0, 1]), (3, [2]), (None, [3]), (None, [])):
+        groups.numbers, groups.interrupt_before = [], interrupt_before
         try:
-            continued = scored(sampler_of(ladder), tmp_path / "broken")
+            resumed = scored(sampler_of(ladder), tmp_path / "interrupted")
         except KeyboardInterrupt:
-            assert break_off_before is not None
+            assert interrupt_before is not None
         assert groups.numbers == computed
-    assert same_digits(continued, unbroken)
+    assert same_digits(resumed, uninterrupted)
 
 
-def test_the_progress_bar_has_the_running_bound(
+def test_the_progress_bar_shows_the_bound_so_far(
     ladder: tuple[Any, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of the images so far, those of an earlier process too, at the most samples."""
+    """At the largest K, including the images that an earlier process scored."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     sampler = sampler_of(ladder)
-    bound = score(sampler, Ledger(tmp_path, "key", sampler), Ranks()).importance_weighted[3]
+    bound = score(sampler, ProgressFile(tmp_path, "key", sampler), Ranks()).importance_weighted[3]
     assert f", {-bound.mean():.2f} nats, K = 3" in capsys.readouterr().err
-    score(sampler, Ledger(tmp_path, "key", sampler), Ranks())
+    score(sampler, ProgressFile(tmp_path, "key", sampler), Ranks())
     assert "7/7" in capsys.readouterr().err
 
 
-def test_a_permuted_index_continues_the_same_scoring(
+def test_a_permuted_index_resumes_the_same_scoring(
     ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
 ) -> None:
     ordered = scored(sampler_of(ladder), tmp_path)
@@ -184,30 +183,30 @@ def test_damaged_records_are_computed_again(
     assert groups.numbers == missing
     groups.numbers = []
     assert same_digits(scored(sampler_of(ladder), tmp_path), whole)
-    assert groups.numbers == []  # what was computed again is in another file
+    assert groups.numbers == []  # the groups computed again are in another file
 
 
-def test_each_scoring_has_a_ledger_of_its_own(ladder: tuple[Any, Any], tmp_path: Path) -> None:
-    """Two in one folder; one removes its own files, and the last one the folder."""
+def test_each_scoring_has_its_own_progress_files(ladder: tuple[Any, Any], tmp_path: Path) -> None:
+    """Each of two scorings in a folder removes its own files, and the last one the folder."""
     folder = tmp_path / ".progress"
     first, second = sampler_of(ladder), sampler_of(ladder, seed=1)
     tables = scored(first, folder, "a"), scored(second, folder, "b")
     assert not same_digits(*tables)
-    Ledger(folder, "a", first).remove()
-    assert Ledger(folder, "a", first).read() == {}
-    assert list(Ledger(folder, "b", second).read()) == [0, 1, 2, 3]
-    Ledger(folder, "b", second).remove()
+    ProgressFile(folder, "a", first).remove()
+    assert ProgressFile(folder, "a", first).read() == {}
+    assert list(ProgressFile(folder, "b", second).read()) == [0, 1, 2, 3]
+    ProgressFile(folder, "b", second).remove()
     assert not folder.exists()
 
 
-def test_what_cannot_be_read_is_computed_again(
+def test_groups_that_cannot_be_read_are_computed_again(
     ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
 ) -> None:
-    """And stays where it cannot be removed."""
+    """What cannot be removed stays."""
     (tmp_path / "key.folder").mkdir()
     scored(sampler_of(ladder), tmp_path)
     assert groups.numbers == [0, 1, 2, 3]
-    Ledger(tmp_path, "key", sampler_of(ladder)).remove()
+    ProgressFile(tmp_path, "key", sampler_of(ladder)).remove()
     assert [path.name for path in tmp_path.iterdir()] == ["key.folder"]
 
 
@@ -218,7 +217,7 @@ def key(ladder: tuple[Any, Any], code: str = "1", **changes: Any) -> str:
     return fingerprint(nn.ModuleList(ladder), sampler_of(ladder, **changes), {"code": code})
 
 
-def test_the_fingerprint_is_of_what_the_figures_depend_on(ladder: tuple[Any, Any]) -> None:
+def test_the_same_scoring_has_the_same_fingerprint(ladder: tuple[Any, Any]) -> None:
     found = key(ladder)
     assert found == key(ladder)
     assert len(found) == 24
@@ -243,7 +242,7 @@ def test_the_fingerprint_is_of_what_the_figures_depend_on(ladder: tuple[Any, Any
     ],
     ids=lambda changes: " ".join(changes),
 )
-def test_anything_else_has_another_fingerprint(
+def test_another_scoring_has_another_fingerprint(
     changes: dict[str, Any], ladder: tuple[Any, Any]
 ) -> None:
     assert key(ladder, **changes) != key(ladder)
@@ -276,7 +275,7 @@ def test_the_levels_of_images_are_part_of_the_fingerprint(ladder: tuple[Any, Any
     assert first != other
 
 
-def test_images_drawn_anew_have_the_same_fingerprint_at_each_reading(
+def test_images_binarized_at_each_reading_have_one_fingerprint(
     ladder: tuple[Any, Any],
 ) -> None:
     levels = torch.randint(1, 200, (7, 1, 4, 4), dtype=torch.uint8)
@@ -290,36 +289,36 @@ def test_images_drawn_anew_have_the_same_fingerprint_at_each_reading(
 
 # --- From the command line ---
 
-# 150 groups of one image, three passes each.
-OPTIONS = "--samples 1 24 --batch-size 8 --limit 150 --seed 3 --device cpu".split()
-GROUPS = 150
+# 60 groups of one image, three passes each.
+OPTIONS = "--samples 1 24 --batch-size 8 --limit 60 --seed 3 --device cpu".split()
+GROUPS = 60
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a ladder as it is before its first step."""
+    """A run folder with an untrained ladder."""
     path = tmp_path_factory.mktemp("scoring") / "run"
-    arguments = "--preset digits --zdims 2 2 --downsample 0 1 --nfilters 4".split()
-    config = config_from(parse_arguments(arguments))
+    small = {"z_dims": [2, 2], "downsample": [0, 1], "n_filters": 4}
+    config = RunConfig.of(**(PRESETS["digits"] | small))
     stored = Run.create(path, config, (1, 8, 8), {})
     torch.manual_seed(0)
-    module: Any = FreeBitsELBO()(*build_ladder(config, (1, 8, 8)))
-    stored.save_checkpoint(1, dict.fromkeys(STATE) | {"weights": module.state_dict()})
+    module: Any = FreeBitsELBO()(*build_ladder(config.ladder, (1, 8, 8)))
+    stored.save_checkpoint(1, weights_only(module.state_dict()))
     return path
 
 
-def figures(folder: Path) -> dict[str, np.ndarray]:
+def per_image(folder: Path) -> dict[str, np.ndarray]:
     """All columns of per_image.npz."""
     with np.load(folder / "per_image.npz", allow_pickle=False) as file:
         return dict(file)
 
 
 @pytest.fixture(scope="module")
-def unbroken(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """What one process finds in one go."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The results of one process without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     evaluate.main([str(run), *OPTIONS, "--out", str(folder)])
-    return figures(folder)
+    return per_image(folder)
 
 
 def assert_same_digits(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -328,30 +327,26 @@ def assert_same_digits(found: dict[str, np.ndarray], expected: dict[str, np.ndar
         assert np.array_equal(found[name], values, equal_nan=True), name
 
 
-def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"} | changes
-
-
 def rank_environments(count: int) -> list[dict[str, str]]:
-    """As torchrun sets them for its processes."""
+    """The variables that torchrun sets for its processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    return [environment(**address, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
+    return [subprocess_environment(**address, RANK=str(i), LOCAL_RANK=str(i)) for i in range(count)]
 
 
 def finished(folder: Path) -> list[int]:
-    """How many whole records each file of the ledger holds."""
+    """The number of complete records in each progress file."""
     columns = 4 + len(curve_samples([1, 24])) + 2
     files = (folder / ".progress").glob("*")
     return [file.stat().st_size // (12 + 8 * columns) for file in files]
 
 
-def test_what_a_kill_leaves_is_continued(
-    run: Path, unbroken: dict[str, np.ndarray], tmp_path: Path, groups: Groups
+def test_a_killed_scoring_resumes(
+    run: Path, uninterrupted: dict[str, np.ndarray], tmp_path: Path, groups: Groups
 ) -> None:
-    """SIGKILL to both processes once each has finished a group; one process does the rest."""
+    """SIGKILL to both processes when each has finished a group; one process does the rest."""
     arguments = [str(run), *OPTIONS, "--out", str(tmp_path)]
     command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
     deadline = time.monotonic() + 120
@@ -375,30 +370,30 @@ def test_what_a_kill_leaves_is_continued(
     evaluate.main(arguments)
     assert len(groups.numbers) == GROUPS - sum(done)
     assert 0 < len(groups.numbers) < GROUPS
-    assert_same_digits(figures(tmp_path), unbroken)
+    assert_same_digits(per_image(tmp_path), uninterrupted)
     assert not (tmp_path / ".progress").exists()
 
 
 def test_two_processes_of_torchrun_give_the_same_digits(
-    run: Path, unbroken: dict[str, np.ndarray], tmp_path: Path
+    run: Path, uninterrupted: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = ["--nproc-per-node", "2", str(ROOT / "evaluate.py"), str(run), *OPTIONS]
     result = subprocess.run(
         [*launcher, *script, "--out", str(tmp_path)],
-        env=environment(),
+        env=subprocess_environment(),
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("negative bound") == 1  # one of them prints
-    assert_same_digits(figures(tmp_path), unbroken)
+    assert_same_digits(per_image(tmp_path), uninterrupted)
     assert not (tmp_path / ".progress").exists()
 
 
 def on_full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[Path], bool]) -> None:
-    """Have new files that `is_full` is true of written to a device that is always full."""
+    """Write the new files that `is_full` selects to a device that is always full."""
     original: Any = Path.open
 
     def open_file(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -412,55 +407,48 @@ def on_full_disk(monkeypatch: pytest.MonkeyPatch, is_full: Callable[[Path], bool
 FEW: Sequence[str] = "--samples 1 --limit 8 --batch-size 2 --device cpu".split()
 
 
-def test_a_disk_that_fills_up_is_told_on_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_full_disk_is_reported_on_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 2, and nothing under a final name."""
+    """No file has a final name then."""
     on_full_disk(monkeypatch, lambda path: path.parent.name == ".progress")
     out = tmp_path / "out"
-    with pytest.raises(SystemExit) as exit:
-        run_command(lambda: evaluate.main([str(run), *FEW, "--out", str(out)]))
-    assert exit.value.code == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.startswith(f"error: cannot write {out / '.progress'}")
-    assert "No space left on device" in shown.err
-    assert shown.err.count("\n") == 1
+    line = refusal(lambda: evaluate.main([str(run), *FEW, "--out", str(out)]))
+    assert line.startswith(f"cannot write {out / '.progress'}")
+    assert "No space left on device" in line
     assert [path for path in out.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.parametrize("name", ["samples.png", "per_image.npz", "metrics.json", "report.html"])
-def test_figures_that_could_not_be_written_are_not_computed_again(
-    name: str, run: Path, tmp_path: Path, groups: Groups
+def test_results_that_could_not_be_written_are_not_computed_again(
+    run: Path, tmp_path: Path, groups: Groups
 ) -> None:
-    """The ledger stays until all is written, and then goes."""
+    """The progress file stays until everything is written."""
     arguments = [str(run), *FEW, "--out", str(tmp_path)]
-    with pytest.MonkeyPatch.context() as full:
-        on_full_disk(full, lambda path: path.name.startswith(f".{name}."))
-        line = refusal(lambda: evaluate.main(arguments))
-    assert name in line
-    assert not (tmp_path / name).exists()
-    assert (tmp_path / "metrics.json").exists() == (name == "report.html")
-    assert not list(tmp_path.glob(".*.part"))
-    assert groups.numbers == [0, 1, 2, 3]
+    for name in ("bound.png", "metrics.json", "report.html"):
+        with pytest.MonkeyPatch.context() as full:
+            on_full_disk(full, lambda path, name=name: path.name.startswith(f".{name}."))  # type: ignore[misc]
+            line = refusal(lambda: evaluate.main(arguments))
+        assert name in line
+        assert not (tmp_path / name).exists()
+        assert (tmp_path / "metrics.json").exists() == (name == "report.html")
+        assert not list(tmp_path.glob(".*.part"))
     evaluate.main(arguments)
-    assert groups.numbers == [0, 1, 2, 3]  # none again
+    assert groups.numbers == [0, 1, 2, 3]  # each of them once
     assert (tmp_path / "metrics.json").exists()
     assert not (tmp_path / ".progress").exists()
 
 
-@pytest.mark.parametrize("option", ["--seed 4", "--samples 2", "--limit 7", "--split valid"])
-def test_another_evaluation_does_not_continue_this_one(
-    option: str, run: Path, tmp_path: Path, groups: Groups
+def test_another_evaluation_does_not_resume_this_one(
+    run: Path, tmp_path: Path, groups: Groups
 ) -> None:
-    """What was broken off waits for its own command."""
+    """The interrupted evaluation resumes with its own command."""
     arguments = [str(run), *FEW, "--out", str(tmp_path)]
-    groups.break_off_before = 2
+    groups.interrupt_before = 2
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(arguments)
-    groups.numbers, groups.break_off_before = [], None
-    evaluate.main([*arguments, *option.split()])
-    assert groups.numbers[:2] == [0, 1]
+    groups.numbers, groups.interrupt_before = [], None
+    evaluate.main([*arguments, "--seed", "4"])
+    assert groups.numbers == [0, 1, 2, 3]
     assert len(list((tmp_path / ".progress").iterdir())) == 1
     groups.numbers = []
     evaluate.main(arguments)

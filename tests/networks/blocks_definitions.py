@@ -15,7 +15,7 @@ from ladder_vae.runs.options import RunConfig
 
 
 def style(**options: Any) -> BlockStyle:
-    """A block style with everything on but the gate."""
+    """A block style with everything but the gate."""
     defaults: dict[str, Any] = {
         "channels": 4,
         "residual_type": "bacdbacd",
@@ -32,7 +32,7 @@ def feature_map(n: int = 2, channels: int = 4, size: tuple[int, int] = (6, 5)) -
 
 
 def settled(module: nn.Module) -> Any:
-    """The module in evaluation mode, with all parameters and running statistics made uneven."""
+    """The module in evaluation mode, with random parameters and running statistics."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -12,18 +12,18 @@ from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
 LEVELS = torch.arange(256) / 255
-FLOOR = 1e-7  # what the discretized logistic adds to each mass
+FLOOR = 1e-7  # added to each mass of the discretized logistic
 Shape = Sequence[int]
-HALF_LEVEL = -math.log(255)  # of a scale that is half the distance of two levels in [-1, 1]
+HALF_LEVEL = -math.log(255)  # log of the scale that is half the distance of two levels in [-1, 1]
 LOCS = (-1e3, -1.0, -0.1, 0.0, 0.5, 0.503, 1.0, 1.2, 1e3)
 LOG_SCALES = (-7.0, -5.0, -3.0, -1.0, 0.0, 4.0, 20.0)
 
 
 def bin_mass(k: Tensor, centre: Tensor, half: float, loc: Any, log_scale: Any) -> Tensor:
-    """The mass of a logistic in `centre` -+ `half`, for levels k, open-ended at 0 and 255."""
+    """The mass of a logistic in `centre` ± `half`, for levels k; bins 0 and 255 are unbounded."""
     scale = torch.as_tensor(log_scale).double().exp()
     upper, lower = (centre + half - loc) / scale, (centre - half - loc) / scale
-    # In the upper tail both sigmoids are nearly 1: take what is left of 1 instead.
+    # In the upper tail both sigmoids are nearly 1, so subtract their complements instead.
     inner = torch.where(
         centre > torch.as_tensor(loc),
         (-lower).sigmoid() - (-upper).sigmoid(),
@@ -39,7 +39,7 @@ def logistic_mass(k: Tensor, loc: Any, log_scale: Any) -> Tensor:
 
 
 def mixture_mass(k: Tensor, loc: Any, log_scale: Any) -> Tensor:
-    """On [-1, 1], the levels 2/255 apart, with the density's stand-in for little mass."""
+    """On [-1, 1], with levels 2/255 apart; the density replaces masses of at most 1e-5."""
     centre = 2 * k / 255 - 1
     mass = bin_mass(k, centre, 1 / 255, loc, log_scale)
     z = (centre - loc) / torch.as_tensor(log_scale).double().exp()
@@ -48,7 +48,7 @@ def mixture_mass(k: Tensor, loc: Any, log_scale: Any) -> Tensor:
 
 
 def colour_mass(pixel: DiscretizedLogisticMixture, component: int, colour: int) -> Any:
-    """The mass of a colour in one component, by the indices of the colours before and its own."""
+    """The mass of a colour in one component; arguments are the previous levels and its own."""
     loc, log_scale, coefficients = (
         p.double()[:, component, 0, 0].tolist()
         for p in (pixel.loc, pixel.log_scale, pixel.coefficients)
@@ -108,13 +108,13 @@ def one_component(
     log_scale: Sequence[float] = (HALF_LEVEL, HALF_LEVEL, HALF_LEVEL),
     coefficients: Sequence[float] = (0, 0, 0),
 ) -> DiscretizedLogisticMixture:
-    """One pixel, one component, whose levels are two scales apart unless told."""
+    """One pixel and one component; by default its levels are two scales apart."""
     parameters = (torch.tensor(p).float().view(3, 1, 1, 1) for p in (loc, log_scale, coefficients))
     return DiscretizedLogisticMixture(torch.zeros(1, 1, 1), *parameters)
 
 
 def p_value(counts: Tensor, mass: Tensor) -> float:
-    """Of Pearson's chi-square test; cells that expect less than 10 are counted as one."""
+    """The p-value of Pearson's chi-square test; cells with less than 10 expected are pooled."""
     counts, expected = counts.double().flatten(), mass.double().flatten() * counts.sum()
     often = expected >= 10
     pooled = torch.stack([counts[~often].sum(), expected[~often].sum()])
@@ -130,14 +130,14 @@ def p_value(counts: Tensor, mass: Tensor) -> float:
 
 
 def indices(samples: Tensor) -> Tensor:
-    """The k of levels k/255, which must be those very numbers."""
+    """The k of samples, which must be exactly k/255."""
     k = (samples * 255).round().long()
     assert torch.equal(samples, LEVELS[k])
     return k
 
 
 def some_levels(*shape: int) -> Tensor:
-    """Levels in double precision, the extreme ones among them."""
+    """Levels in double precision, including the first and the last."""
     value = images(*shape).double()
     value.view(-1)[:2] = torch.tensor([0.0, 1.0]).double()
     return value

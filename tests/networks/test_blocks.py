@@ -40,7 +40,7 @@ SPELLED = {
 def test_residual_type_spells_the_layers(
     residual_type: str, batchnorm: bool, dropout: float, gated: bool
 ) -> None:
-    """One layer for each letter, in order; letters switched off are left out; the gate is last."""
+    """One layer for each letter, in order; disabled layers are skipped; the gate is last."""
     block = ResidualBlock(
         style(residual_type=residual_type, batchnorm=batchnorm, dropout=dropout, gated=gated)
     )
@@ -132,7 +132,7 @@ def test_linear_merge() -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_residual_merge_is_always_gated(gated: bool) -> None:
-    """`residual` adds a residual block of the style, gated whatever the style says."""
+    """`residual` adds a residual block, which is gated in every style."""
     merge = settled(Merge("residual", style(gated=gated)))
     a, b = feature_map(), feature_map()
     y = F.conv2d(torch.cat((a, b), dim=1), merge.conv.weight, merge.conv.bias)
@@ -144,7 +144,7 @@ def test_residual_merge_is_always_gated(gated: bool) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_resampling_comes_first(direction: Any, count: int) -> None:
-    """The first `resampled` blocks, and no others, have a resampling before them."""
+    """Only the first `resampled` blocks have a resampling layer before them."""
     kind: type[nn.Module] = nn.Conv2d if direction == "down" else nn.ConvTranspose2d
     for resampled in range(count + 1):
         blocks: Any = residual_blocks(style(), count, resampled, direction)

@@ -44,21 +44,21 @@ def test_logistic_by_hand() -> None:
 
 
 def test_logistic_agrees_with_its_definition() -> None:
-    """All levels, at parameters from everywhere: to rounding in double precision."""
+    """All levels, at usual and extreme parameters, up to rounding."""
     k = torch.arange(256).double()
     for loc, log_scale in itertools.product(LOCS, LOG_SCALES):
         single = torch.tensor([loc, log_scale])
         expected = (logistic_mass(k, *single.double()) + FLOOR).log()
         d = DiscretizedLogistic(*single.double())
         assert_close(d.log_prob(k / 255), expected, rtol=1e-6, atol=1e-9)
-        # What the locations of bins lose in single precision counts in units of the scale.
+        # Single precision rounds the bins' locations; the error is relative to the scale.
         rounding = 1e-6 * (1 + math.exp(-log_scale))
         ours = DiscretizedLogistic(*single).log_prob(LEVELS)
         assert_close(ours.double(), expected, rtol=1e-5, atol=rounding)
 
 
 def test_logistic_mass_sums_to_one() -> None:
-    """... and 256 times what is added to each."""
+    """The constant 1e-7 is added 256 times."""
     loc = torch.cat([torch.tensor(LOCS), torch.randn(30)]).unsqueeze(1)
     log_scale = torch.cat([torch.tensor(LOG_SCALES), 2 * torch.randn(30)]).unsqueeze(0)
     d = DiscretizedLogistic(loc, log_scale)
@@ -75,7 +75,7 @@ def test_logistic_samples_have_the_mass(loc: float, log_scale: float) -> None:
 
 
 def test_logistic_moments() -> None:
-    """Sums over the levels, by the definition."""
+    """Mean and variance are the sums over the levels."""
     k = torch.arange(256).double()
     parameters = torch.tensor(list(itertools.product(LOCS, LOG_SCALES)))
     d = DiscretizedLogistic(*parameters.T)
@@ -88,17 +88,17 @@ def test_logistic_moments() -> None:
 
 
 def test_logistic_mode() -> None:
-    """The level with most mass."""
+    """The mode is the level with the largest mass."""
     for loc, log_scale in itertools.product(LOCS, LOG_SCALES):
         mode = DiscretizedLogistic(torch.tensor(loc), torch.tensor(log_scale)).mode
         (k,) = indices(mode.view(1))
         mass = logistic_mass(torch.arange(256).double(), loc, log_scale)
-        # Wide ones have levels so close in mass that single precision does not tell them apart.
+        # In wide distributions, single precision cannot distinguish the masses of levels.
         assert mass[k] >= mass.max() * (1 - 1e-6), (loc, log_scale)
 
 
 def test_logistic_gradients() -> None:
-    """Against finite differences, and at the very centre and edges of a bin."""
+    """Against finite differences, also at the centre and the edges of a bin."""
     value = torch.tensor([0, 1, 37, 128, 254, 255]).double() / 255
     loc = torch.tensor([0.1, 0.02, 0.15, 128.5 / 256, 255 / 256, 0.9]).double().requires_grad_()
     log_scale = torch.tensor([-2, -5, -4, -4, -3, -1]).double().requires_grad_()
@@ -124,7 +124,7 @@ def test_logistic_is_finite_at_extremes() -> None:
 
 
 def test_no_more_than_certain() -> None:
-    """A mass is never above 1, but for what rounding adds."""
+    """No mass exceeds 1 by more than rounding."""
     values = LEVELS.view(256, 1, 1, 1).expand(256, 3, 1, 1)
     for loc, log_scale in itertools.product(LOCS, LOG_SCALES):
         d = one_component((loc,) * 3, (log_scale,) * 3)
@@ -135,7 +135,7 @@ def test_no_more_than_certain() -> None:
 
 @pytest.mark.parametrize("loc", [-1e3, 1e3])
 def test_samples_at_extremes(loc: float) -> None:
-    """All mass on one level, and then on the two extreme levels."""
+    """All mass on one level, and all mass on the first and last level."""
     level = float(loc > 0)
     assert (DiscretizedLogistic(torch.tensor(loc), torch.tensor(-7.0)).sample((99,)) == level).all()
     d = one_component((loc, loc, loc), (-7, -7, -7))

@@ -27,7 +27,7 @@ from tests.networks.logistic_definitions import (
 
 
 def test_mixture_by_hand() -> None:
-    """Each kind of bin: the centre's, its neighbour's, a far one's, the open-ended ones."""
+    """Each kind of bin: at the centre, its neighbour, far away, the first and the last."""
 
     def centre(k: int) -> float:
         return 2 * k / 255 - 1
@@ -44,7 +44,7 @@ def test_mixture_by_hand() -> None:
 
 
 def test_each_coefficient_weighs_its_colour() -> None:
-    """Red's weighs red in green, green's red in blue, blue's green in blue."""
+    """coefficients[0] is red in green, [1] red in blue, [2] green in blue."""
     red, green = 250, 60
     x_red = 2 * red / 255 - 1
     coefficients = (0.5, -0.75, 0.25)
@@ -81,7 +81,7 @@ def test_channels_are_laid_out_as_in_pixelcnn() -> None:
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-7), (torch.float32, 1e-5)])
 def test_mixture_agrees_with_loops(dtype: torch.dtype, rtol: float) -> None:
-    """Random images with all extremes among their colours."""
+    """Random images, with 0 and 1 among their levels."""
     d = mixture((3,), components=4, size=(3, 4), dtype=torch.float64)
     value = images(3, 3, 3, 4).double()
     value[0, :, 0] = 0
@@ -115,7 +115,7 @@ def test_mixture_mass_sums_to_one() -> None:
 
 
 def marginal_log_prob(d: DiscretizedLogisticMixture, colours: Tensor) -> Tensor:
-    """log p of the first colours (..., C) of a pixel, by making the others certainly 1."""
+    """log p of the first colours (..., C) of a pixel, computed with the others certain to be 1."""
     certain = colours.shape[-1]
     loc, log_scale = d.loc.clone(), d.log_scale.clone()
     loc[certain:], log_scale[certain:] = 1e3, -7
@@ -177,25 +177,25 @@ def test_mixture_samples_have_the_mass() -> None:
 
 @pytest.mark.parametrize("log_scale", LOG_SCALES)
 def test_mixture_mean_of_red(log_scale: float) -> None:
-    """Exact but for the rounding to levels, which moves it by half a level at most."""
+    """Exact up to rounding to levels, at most half a level."""
     k = torch.arange(256).double()
     for loc in (-1e3, -1.2, -1.0, -0.3, 0.0, 0.77, 1.0, 1e3):
         d = one_component((loc, 0.0, 0.0), (log_scale, 0.0, 0.0))
         mean = (mixture_mass(k, loc, log_scale) * k / 255).sum()
-        # Where levels are close in units of the scale, their sum is nearly the integral.
+        # For scales much larger than a level, the sum is nearly the integral.
         bound = {-7.0: 0.5 / 255 + 1e-5, -5.0: 1e-4}.get(log_scale, 1e-5)
         assert d.mean[0].item() == pytest.approx(mean.item(), abs=bound), loc
 
 
 def test_mixture_mean_of_samples() -> None:
-    """Where little is moved to the extreme levels: the mean of many draws, for all colours."""
+    """If the first and last level have little mass, it is the mean of many draws."""
     channels = 0.4 * torch.randn(30, 2, 3)
     d = DiscretizedLogisticMixture.from_channels(channels)
     d = DiscretizedLogisticMixture(d.logits, d.loc / 2, d.log_scale - 4, d.coefficients)
     samples = d.sample((40_000,))
     error = samples.std(0) / 200
     assert ((d.mean - samples.mean(0)).abs() < 4.5 * error).all()
-    # It takes each colour's coefficients: without them it is far off.
+    # Without the coefficients the mean is wrong in green and blue.
     without = DiscretizedLogisticMixture(
         d.logits, d.loc, d.log_scale, torch.zeros_like(d.coefficients)
     )
@@ -203,7 +203,7 @@ def test_mixture_mean_of_samples() -> None:
 
 
 def test_mixture_mode() -> None:
-    """The centre of the heavier component, each colour given the levels before; clamped."""
+    """The centre of the heavier component, each colour given the previous levels, in [0, 1]."""
     d = DiscretizedLogisticMixture(
         torch.tensor([[[0.0, 3.0]], [[1.0, -1.0]]]),
         torch.tensor([[0.5, -0.5], [0.1, 0.2], [0.0, 3.0]]).view(3, 2, 1, 1).expand(3, 2, 1, 2),
@@ -219,12 +219,12 @@ def test_mixture_mode() -> None:
     red = round((-0.5 + 1) * 127.5)
     green = round((0.2 + 0.5 * (2 * red / 255 - 1) + 1) * 127.5)
     assert mode[:, 0, 0].tolist() == [red, green, 255]
-    # With a narrow heaviest component nothing is more probable.
+    # If the heaviest component is narrow, nothing is more probable.
     assert (d.log_prob(d.mode) >= d.log_prob(d.sample((200,)))).all()
 
 
 def test_layout_in_memory_changes_nothing() -> None:
-    """Channels last, as convolutions may leave them."""
+    """Channels-last inputs give the same values."""
     channels, value = torch.randn(2, 20, 4, 5), images(2, 3, 4, 5)
     last = channels.to(memory_format=torch.channels_last)
     assert not last.is_contiguous()
@@ -236,7 +236,7 @@ def test_layout_in_memory_changes_nothing() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, -5.0, 8.0], ids=["mass", "narrow", "wide"])
 def test_mixture_gradients(shift: float) -> None:
-    """Against finite differences; `wide` ones have the stand-in in all bins but the extreme."""
+    """Against finite differences; `wide` uses the density in all bins but the first and last."""
     value = some_levels(2, 3, 1, 2)
     channels = torch.randn(2, 20, 1, 2).double()
     with torch.no_grad():

@@ -27,7 +27,7 @@ each_batch = pytest.mark.parametrize("batch_shape", [(), (4,), (2, 4), (2, 1, 4)
 
 @each_maker
 def test_samples_vary(make: Callable[..., Any], event_shape: Shape) -> None:
-    """Draws of expanded distributions are draws of their own."""
+    """An expanded distribution draws each element independently."""
     samples = make().expand((6,)).sample((5,)).flatten(0, 1)
     assert len(samples.unique(dim=0)) >= (25 if event_shape else 3)
 
@@ -53,7 +53,7 @@ def test_shapes(make: Callable[..., Any], event_shape: Shape, batch_shape: Shape
 
 @each_maker
 def test_no_gradient_through_samples(make: Callable[..., Any], event_shape: Shape) -> None:
-    """Samples are discrete; the score function is what there is."""
+    """Samples are discrete: only the score function gives gradients."""
     d = make((4,))
     assert d.support.is_discrete
     assert not d.has_rsample
@@ -78,7 +78,7 @@ def test_samples_carry_no_graph() -> None:
 @pytest.mark.parametrize("new_shape", [(4,), (2, 4), (3, 2, 4), (5, 1, 4)], ids=str)
 @each_maker
 def test_expand(make: Callable[..., Any], event_shape: Shape, new_shape: Shape) -> None:
-    """New dimensions on the left; values as before."""
+    """Expanding adds dimensions on the left and keeps values."""
     d = make((4,))
     large = d.expand(torch.Size(new_shape))
     assert type(large) is type(d)
@@ -106,7 +106,7 @@ def test_expand_existing_dimension(make: Callable[..., Any], event_shape: Shape)
 
 @each_maker
 def test_batches_are_their_elements(make: Callable[..., Any], event_shape: Shape) -> None:
-    """log_prob, mean and mode of a batch are those of its elements one by one."""
+    """log_prob, mean and mode of a batch equal those of its elements."""
     d = make((3,))
     value = d.sample((2,))
     base = d.base_dist if len(event_shape) and isinstance(d, pyro.distributions.Independent) else d
@@ -120,7 +120,7 @@ def test_batches_are_their_elements(make: Callable[..., Any], event_shape: Shape
 
 
 def test_parameters_broadcast() -> None:
-    """Parameters may differ in batch shape; infer_shapes knows the outcome."""
+    """Parameters of different batch shapes broadcast; infer_shapes predicts the result."""
     assert DiscretizedLogistic(torch.zeros(3, 1), torch.zeros(4)).batch_shape == (3, 4)
     assert DiscretizedLogistic.infer_shapes(loc=(3, 1), log_scale=(4,)) == ((3, 4), ())
     shapes: dict[str, Shape] = {
@@ -140,7 +140,7 @@ def test_parameters_broadcast() -> None:
 
 @each_maker
 def test_in_a_plate(make: Callable[..., Any], event_shape: Shape) -> None:
-    """Traced, replayed, observed, subsampled and masked as any site."""
+    """As a Pyro site it can be traced, replayed, observed, subsampled and masked."""
     d = make((4,))
     data = d.sample()
     mask = torch.tensor([True, False, True, True])
@@ -160,7 +160,7 @@ def test_in_a_plate(make: Callable[..., Any], event_shape: Shape) -> None:
 
 
 def test_pixels_can_be_masked() -> None:
-    """Of independent pixels, some may be left out, as in-painting does."""
+    """Independent pixels can be masked one by one, as in-painting does."""
     d = logistic((3, 2, 3))
     mask = torch.rand(3, 2, 3) < 0.5
     value = d.sample()
@@ -193,20 +193,20 @@ def test_precision_is_that_of_the_parameters(dtype: torch.dtype) -> None:
 
 
 def test_values_are_checked() -> None:
-    """By name of what is wrong."""
+    """The error says what is wrong."""
     for d in (logistic((3, 2, 3)).to_event(3), mixture()):
         value = images(3, 2, 3)
         for wrong, message in {
             -0.5: r"values must be in \[0, 1\]; the least is -0.5, the greatest ",
             1.5: r"values must be in \[0, 1\]; the least is .*, the greatest 1.5",
             math.nan: r"values must be in \[0, 1\]",
-            0.3001: r"must be levels k/255 of 8-bit images; 1 are between two levels, such as 0.3001",
+            0.3001: r"levels k/255 of 8-bit images; 1 are between two levels, such as 0.3001",
         }.items():
             damaged = value.clone()
             damaged[1, 1, 2] = wrong
             with pytest.raises(ValueError, match=message):
                 d.log_prob(damaged)
-        # Pictures of other ranges
+        # Images in [0, 255]
         with pytest.raises(ValueError, match=r"the greatest 255"):
             d.log_prob(torch.full((3, 2, 3), 255.0))
 
@@ -261,7 +261,7 @@ def test_channels_are_counted(channels: int) -> None:
     ids=str,
 )
 def test_shapes_of_parameters_are_checked(name: str, shape: Shape) -> None:
-    """Before anything is broadcast, whether validation is on or off."""
+    """Shapes are checked even without validation."""
     shapes: dict[str, Shape] = {"logits": (10, 4, 5)}
     shapes |= dict.fromkeys(("loc", "log_scale", "coefficients"), (3, 10, 4, 5))
     parameters = {n: torch.zeros(s) for n, s in (shapes | {name: shape}).items()}
@@ -270,7 +270,7 @@ def test_shapes_of_parameters_are_checked(name: str, shape: Shape) -> None:
 
 
 def test_validation_off() -> None:
-    """Nothing is checked, and an expanded distribution is as strict as the one it came from."""
+    """Nothing is checked; an expanded distribution keeps the setting."""
     value = torch.full((3, 2, 3), 0.3001)
     relaxed: list[Any] = [
         DiscretizedLogistic(*torch.zeros(2, 3, 2, 3), validate_args=False),

@@ -30,7 +30,7 @@ def test_data_dependent_init(make_pair: MakePair, x: Tensor, batchnorm: bool) ->
     noise = noise_for(model, len(x))
     raw = watch_convolutions(model, guide)  # before it is normalised
     with Noise(noise), data_dependent_init(model, guide):
-        outputs = watch_convolutions(model, guide)  # and as it is passed on
+        outputs = watch_convolutions(model, guide)  # after it is normalised
         sites = guide(x)
     convs = {
         m
@@ -98,12 +98,12 @@ def test_initial_weights_are_kaiming_normal(kind: Any) -> None:
     std = (2 / (32 * 9)) ** 0.5
     assert abs(weight.mean()) < 4 * std / n**0.5
     assert abs(weight.std() - std) < 4 * std / (2 * n) ** 0.5
-    # Normal, not uniform: a tenth of a percent and more lies beyond three deviations.
+    # A uniform distribution would have no values beyond three standard deviations.
     assert (weight.abs() > 3 * std).any()
 
 
 def test_data_dependent_init_leaves_no_hooks(make_pair: MakePair, x: Tensor) -> None:
-    """Once it is over, also by an error, convolutions no longer change as data runs through."""
+    """After the context, even if it ended by an error, convolutions do not change any more."""
     model, guide = make_pair(dropout=0.0)
     with data_dependent_init(model, guide):
         guide(x)
@@ -118,7 +118,7 @@ def test_data_dependent_init_leaves_no_hooks(make_pair: MakePair, x: Tensor) -> 
 
 
 def test_data_dependent_init_starts_afresh(make_pair: MakePair, x: Tensor) -> None:
-    """What the convolutions held before does not matter; other parameters are left alone."""
+    """The convolutions' old values do not matter; other parameters do not change."""
     model, guide = make_pair(dropout=0.0)
     convs = [
         m

@@ -67,7 +67,7 @@ def test_top_down_layer(skip: bool) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_gates_of_the_ladder(tiny_config: MakeConfig, gated: bool) -> None:
-    """`gated` gates every residual block but the stem's, which never is."""
+    """`gated` gates every residual block except the stem's."""
     config = tiny_config(gated=gated, merge_layers="linear", blocks_per_layer=2)
     model = LadderModel(config.ladder, (1, 8, 8))
     guide = LadderGuide(model, config.ladder, (1, 8, 8))
@@ -80,7 +80,7 @@ def test_gates_of_the_ladder(tiny_config: MakeConfig, gated: bool) -> None:
 
 
 def test_stem(tiny_config: MakeConfig) -> None:
-    """A 5x5 convolution, halving the image where `initial_downscaling` says so."""
+    """A 5x5 convolution, which halves the image with `initial_downscaling`."""
     for initial, stride in ((True, (2, 2)), (False, (1, 1))):
         config = tiny_config(initial_downscaling=initial)
         conv = BottomUp(config.ladder.block_style(), config.ladder, (3, 8, 8)).stem[0]
@@ -90,7 +90,7 @@ def test_stem(tiny_config: MakeConfig) -> None:
 
 
 def test_padded_image_enters_and_cropped_map_leaves(tiny_config: MakeConfig) -> None:
-    """The guide pads its image, the decoder crops its feature map, to the same positions."""
+    """The guide's padding and the decoder's cropping use the same positions."""
     config = tiny_config(initial_downscaling=False, downsample=[1, 1, 1])
     bottom_up = BottomUp(config.ladder.block_style(), config.ladder, (1, 5, 7))
     seen: list[Tensor] = []
@@ -107,7 +107,7 @@ def test_padded_image_enters_and_cropped_map_leaves(tiny_config: MakeConfig) -> 
 
 
 def test_decoder_upsamples_bilinearly(tiny_config: MakeConfig) -> None:
-    """Undoing the initial halving: bilinear, corners not aligned, then the blocks."""
+    """The decoder doubles the size bilinearly, without aligned corners, then applies its blocks."""
     config = tiny_config(blocks_per_layer=2)
     decoder = settled(Decoder(config.ladder.block_style(), config.ladder, (8, 6)))
     x = h = feature_map(size=(4, 3))
@@ -148,7 +148,7 @@ def test_any_image_size(
     model = LadderModel(config, image_shape).eval()
     guide: Any = LadderGuide(model, config, image_shape).eval()
     sizes = config.latent_sizes(image_shape[1:])
-    # From the definition: halved so often in all, rounded up at the top.
+    # By the definition: the top layer's size is rounded up, and doubled going down.
     halvings, expected = int(initial), []
     for count in downsample:
         halvings += count
@@ -175,7 +175,7 @@ def test_any_image_size(
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_top_prior(make_pair: MakePair, x: Tensor, learned: bool) -> None:
-    """Standard normal at the start; learned or fixed as told."""
+    """Standard normal initially; learned or fixed."""
     prior = TopPrior(3, (2, 4), learned=learned)
     normal: Any = prior(5)
     assert (normal.batch_shape, normal.event_shape) == ((5,), (3, 2, 4))
@@ -221,7 +221,7 @@ def test_parameters_of_a_normal() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_skip_connections(make_pair: MakePair, skip: bool) -> None:
-    """With z_2 fixed, z_3 reaches p(z_1) through the skip connections alone; z_2, with z_1, x."""
+    """Given z_2, z_3 affects p(z_1) only through skip connections, and so does z_2 x given z_1."""
     model, _ = make_pair(skip=skip)
     model.eval()
     with torch.no_grad():
@@ -243,9 +243,9 @@ def test_skip_connections(make_pair: MakePair, skip: bool) -> None:
 
 
 def test_images_do_not_mix_in_evaluation(make_pair: MakePair, x: Tensor) -> None:
-    """In evaluation mode the terms of a batch are those of each image alone."""
+    """In evaluation mode an image's terms do not depend on its batch."""
     model, guide = make_pair(skip=True, gated=True)
-    guide(x)  # running statistics are no longer those of the start
+    guide(x)  # changes the running statistics
     model.eval()
     guide.eval()
     noise = noise_for(model, len(x))
@@ -263,7 +263,7 @@ def test_images_do_not_mix_in_evaluation(make_pair: MakePair, x: Tensor) -> None
 
 
 def test_images_mix_in_training_only_by_batch_norm(make_pair: MakePair, x: Tensor) -> None:
-    """Without batch norm and dropout, training mode too treats each image alone."""
+    """In training mode, too, images only mix through batch norm."""
     for batchnorm in (False, True):
         model, guide = make_pair(batchnorm=batchnorm, dropout=0.0)
         noise = noise_for(model, len(x))

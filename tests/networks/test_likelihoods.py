@@ -27,7 +27,7 @@ def head_and_features(name: str) -> tuple[Any, Tensor]:
 
 
 def pixels(*shape: int) -> Tensor:
-    """What every likelihood can score: for Bernoulli's sake, black and white only."""
+    """Images that every likelihood accepts: black and white, as Bernoulli needs."""
     return torch.rand(*shape).round()
 
 
@@ -51,7 +51,7 @@ def test_shapes(name: str) -> None:
 
 
 def test_parameters() -> None:
-    """What each head makes of its convolution's output."""
+    """The parameters that each head computes from its convolution's output."""
     head, h = head_and_features("bernoulli")
     assert_close(head(h).base_dist.logits, head.conv(h))
 
@@ -76,7 +76,7 @@ def test_parameters() -> None:
 
 
 def test_gaussian_by_hand() -> None:
-    """Nats of a density, summed over the image."""
+    """The log-density in nats, summed over the image."""
     head, h = head_and_features("gaussian")
     with torch.no_grad():
         head.conv.weight.zero_()
@@ -88,17 +88,17 @@ def test_gaussian_by_hand() -> None:
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_single_precision_under_autocast(name: str) -> None:
-    """The network may compute in bfloat16; log-probabilities of thousands of nats do not."""
+    """Log-probabilities are in single precision even if the network computes in bfloat16."""
     head, h = head_and_features(name)
     x = pixels(5, 3, 6, 7)
-    h = h.bfloat16()  # as a network in bfloat16 leaves it
+    h = h.bfloat16()  # the output of a network in bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.nn.functional.conv2d(h, head.conv.weight).dtype == torch.bfloat16
         d = head(h)
         log_prob = d.log_prob(x)
         for parameter in (d.mean, d.sample(), log_prob):
             assert parameter.dtype == torch.float32
-    # Nothing is rounded any further: all is as it is outside.
+    # Autocast rounds nothing else.
     assert_close(head(h.float()).log_prob(x), log_prob, rtol=1e-6, atol=0)
 
 
@@ -116,7 +116,7 @@ def test_the_mixture_is_for_colour(channels: int) -> None:
 
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_ladder(name: str, make_pair: MakePair) -> None:
-    """Objective and gradients of a ladder, and its pictures."""
+    """A ladder's gradients, samples, reconstructions and image grids."""
     model, guide = make_pair((3, 8, 10), likelihood=name)
     x = pixels(5, 3, 8, 10)
     FreeBitsELBO(0.5)(model, guide)(x).backward()
@@ -135,7 +135,7 @@ def test_ladder(name: str, make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("name", ["gaussian", "discr_log", "discr_log_mix"])
 def test_learning_brings_the_mean_to_the_data(name: str) -> None:
-    """A head that knows nothing but its biases comes to draw the one colour that it is shown."""
+    """A head trained on one colour, by its biases alone, learns this colour as its mean."""
     x = torch.tensor([51 / 255, 204 / 255, 102 / 255]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     head, h = LIKELIHOODS[name](2, 3), torch.zeros(1, 2, 4, 4)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)

@@ -1,4 +1,4 @@
-"""How networks are run: precision, memory layout and compiled blocks change rounding at most."""
+"""Precision, memory layout and compiled blocks change results only by rounding."""
 
 import copy
 import shutil
@@ -22,13 +22,13 @@ CHANNELS_LAST = torch.channels_last
 
 @pytest.fixture
 def loss_fn(make_pair: Callable[..., tuple[Any, Any]]) -> Any:
-    """A ladder with all that has a part in a step, but for noise of dropout."""
+    """The objective of a ladder with all options on, but without dropout noise."""
     pair = make_pair(n_filters=8, gated=True, skip=True, dropout=0.0, learn_top_prior=True)
     return FreeBitsELBO(0.5)(*pair)
 
 
 def passed(loss_fn: Any, x: Tensor, execution: Execution) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a pass made so, and the gradients, always from the same noise."""
+    """The loss of a pass with `execution`, and its gradients, from a fixed seed."""
     torch.manual_seed(3)
     with execution.autocast(CPU):
         loss = loss_fn(x)
@@ -45,19 +45,19 @@ def test_the_layout_changes_no_more_than_rounding(loss_fn: Any, x: Tensor) -> No
     found, others = passed(other, x, Execution())
     assert_close(found, loss, rtol=1e-5, atol=0)
     assert gradients.keys() == others.keys()
-    # A bias before batch normalisation has no gradient but for rounding.
+    # A bias before batch normalisation has a gradient of zero up to rounding.
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert_close(others[name], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_no_feature_map_falls_back_to_another_layout(loss_fn: Any, x: Tensor) -> None:
-    """In either direction: one that did would have all after it copied from layout to layout."""
+    """Forward and backward: otherwise all later layers would copy between layouts."""
     Execution().prepare(loss_fn)
     fallen: list[str] = []
 
     def watch(name: str, maps: Any) -> None:
-        # Of one channel or one position the two layouts are the same.
+        # With one channel or one position the two layouts are the same.
         if not all(h is None or h.is_contiguous(memory_format=CHANNELS_LAST) for h in maps):
             fallen.append(name)
 
@@ -72,7 +72,7 @@ def test_no_feature_map_falls_back_to_another_layout(loss_fn: Any, x: Tensor) ->
 
 
 def test_in_bf16_all_but_the_networks_is_in_single_precision(loss_fn: Any, x: Tensor) -> None:
-    """The feature maps are not; parameters of distributions, latents, log-probabilities are."""
+    """Only feature maps are in bfloat16, not latents, log-probabilities or parameters."""
     execution = Execution("bf16")
     maps: list[Tensor] = []
     for module in loss_fn.modules():
@@ -96,7 +96,7 @@ def test_in_bf16_all_but_the_networks_is_in_single_precision(loss_fn: Any, x: Te
 
 
 def test_heads_are_exact_in_bf16() -> None:
-    """A convolution to parameters takes what it is given as it is, and rounds nothing."""
+    """`ParameterConv` does not round its input or its output."""
     conv, h = ParameterConv(3, 2), torch.randn(2, 3, 5, 5)
     expected = nn.functional.conv2d(h, conv.weight, conv.bias, padding=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +108,7 @@ def test_heads_are_exact_in_bf16() -> None:
 
 
 def test_bf16_is_near(loss_fn: Any, x: Tensor) -> None:
-    """Within what eight bits of a number's fraction leave of log-likelihood and KL."""
+    """Log-likelihood and KL agree within bfloat16's precision of 8 bits."""
     Execution().prepare(loss_fn)
     loss_fn.eval()
     terms = []
@@ -123,9 +123,9 @@ def test_bf16_is_near(loss_fn: Any, x: Tensor) -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_compiled_blocks_do_the_same(loss_fn: Any, x: Tensor) -> None:
-    """In place: names and values of the weights stay, and one compilation serves all blocks."""
-    style = BlockStyle(4, "bacdbacd", "elu", batchnorm=True, dropout=0.0, gated=True)
+def test_compiled_blocks_do_the_same() -> None:
+    """Compilation keeps the weights' names and values, and compiles equal blocks once."""
+    style = BlockStyle(4, "bacdbac", "elu", batchnorm=True, dropout=0.0, gated=False)
     blocks = residual_blocks(style, 2)
     compiled = copy.deepcopy(blocks)
     Execution(compile=True).prepare(compiled)
@@ -146,7 +146,7 @@ def test_compiled_blocks_do_the_same(loss_fn: Any, x: Tensor) -> None:
 def test_without_a_compiler_blocks_stay_as_they_are(
     loss_fn: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says why."""
+    """A warning of one line gives the reason."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("No working C++ compiler found in a, b\nSet CXX.")

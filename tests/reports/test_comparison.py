@@ -1,4 +1,4 @@
-"""Several runs in one table: what it says, which figures it compares, and what it refuses."""
+"""The comparison of several runs: its table and files, which rows it compares, and refusals."""
 
 import csv
 import json
@@ -8,24 +8,28 @@ from typing import Any
 
 import pytest
 
+from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.comparison import (
     Scored,
     columns,
     compare,
     evaluation_folder,
     evaluation_folders,
-    markdown,
 )
+from ladder_vae.reports.tables import markdown
 from runtime.errors import UserError
+from tests.commands import ROOT, refusal
+from tests.commands import run as run_command
+from tools import compare as command
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = ROOT / "results"
 HERE = {"commit": "abc", "machine": "a GPU"}
 
 
-def figures(elbo: float, hundred: float | None = None, **changes: Any) -> dict[str, Any]:
-    """The content of a metrics.json, of the whole test set of digits unless told."""
+def content(elbo: float, hundred: float | None = None, **changes: Any) -> dict[str, Any]:
+    """The content of a metrics.json, by default of the whole test set of digits."""
     bounds = {"elbo": elbo} | ({} if hundred is None else {"100": hundred})
-    content = {
+    made = {
         "elbo": elbo,
         "iw": {k: bound for k, bound in bounds.items() if k != "elbo"},
         "standard_error": dict.fromkeys(bounds, 0.25),
@@ -43,20 +47,24 @@ def figures(elbo: float, hundred: float | None = None, **changes: Any) -> dict[s
         "trained": HERE,
         "provenance": HERE,
     }
-    return content | changes
+    return made | changes
 
 
-def evaluated(folder: Path, content: Any, step: int = 800) -> Path:
+def evaluated(folder: Path, metrics: Any, step: int = 800) -> Path:
     """A run folder with an evaluation."""
     file = folder / "eval" / str(step) / "metrics.json"
     file.parent.mkdir(parents=True)
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    file.write_text(metrics if isinstance(metrics, str) else json.dumps(metrics))
     return folder
+
+
+def scored(name: str, metrics: dict[str, Any]) -> Scored:
+    return Scored(name, Metrics.from_dict(metrics))
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative paths lead into a folder of the test's own."""
+    """Make `tmp_path` the current folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -69,17 +77,17 @@ def row_of(table: str, name: str) -> list[str]:
 # --- The table ---
 
 
-def test_the_table_says_this() -> None:
-    evaluated(Path("runs/b"), figures(23.5, 22.9))
-    evaluated(Path("runs/a"), figures(23.25, layers=12, step=1200, weights="average", minutes=61.5))
+def test_the_table() -> None:
+    evaluated(Path("runs/b"), content(23.5, 22.9))
+    evaluated(Path("runs/a"), content(23.25, layers=12, step=1200, weights="average", minutes=61.5))
     other = {"commit": "def", "machine": "a CPU, 2 threads"}
     colour = {"dataset": "cifar10", "limit": 1000, "n_images": 1000, "provenance": other}
-    evaluated(Path("runs/c"), figures(7128.4, 7068.2, standard_error={"elbo": 15.2}, **colour))
+    evaluated(Path("runs/c"), content(7128.4, 7068.2, standard_error={"elbo": 15.2}, **colour))
     assert (
         compare([Path("runs/b"), Path("runs/a"), Path("runs/c")], Path("out"))
         == """\
-Negative bounds on the log-likelihood in nats ± standard error over the images (bits per \
-dimension in brackets); lower is better, the best of the same images is in bold.
+Negative bounds on the log-likelihood in nats ± standard error over the images (in brackets: \
+bits per dimension). Lower is better; the best bound on the same images is in bold.
 
 | run    | data                  | layers | parameters |  step | weights |             ELBO |  100 samples |   KL | minutes | obtained on                                               |
 | ------ | --------------------- | -----: | ---------: | ----: | ------- | ---------------: | -----------: | ---: | ------: | --------------------------------------------------------- |
@@ -87,7 +95,7 @@ dimension in brackets); lower is better, the best of the same images is in bold.
 | runs/a | digits                |     12 |     12,345 | 1,200 | average | **23.25 ± 0.25** |              | 4.50 |    61.5 | a GPU, commit abc                                         |
 | runs/c | cifar10, 1,000 images |      2 |     12,345 |   800 | last    | 7128 ± 15 (7.13) |  7068 (7.07) | 4.50 |         | a GPU, commit abc; scored on a CPU, 2 threads, commit def |
 
-Rows of different images cannot be compared: digits; cifar10, 1,000 images.
+Rows with different images cannot be compared: digits; cifar10, 1,000 images.
 """  # noqa: E501
     )
     assert sorted(path.name for path in Path("out").iterdir()) == [
@@ -96,9 +104,9 @@ Rows of different images cannot be compared: digits; cifar10, 1,000 images.
     ]
 
 
-def test_the_files_hold_the_table_and_the_figures() -> None:
-    evaluated(Path("a"), figures(81.123456789, 79.0))
-    sparse = figures(82.5, standard_error={}, bits_per_dim={}, trained=None, seed=None)
+def test_the_files_hold_the_table_and_the_metrics() -> None:
+    evaluated(Path("a"), content(81.123456789, 79.0))
+    sparse = content(82.5, standard_error={}, bits_per_dim={}, trained=None, seed=None)
     evaluated(Path("b, too"), sparse | {"iw": {"1000": 78.25, "5": 80.0}})
     text = compare([Path("a"), Path("b, too")], Path())
     assert Path("comparison.md").read_text() == text
@@ -117,7 +125,7 @@ def test_the_files_hold_the_table_and_the_figures() -> None:
     ]
     first, second = (dict(zip(header, line, strict=True)) for line in lines)
     assert first["run"] == "a"
-    assert float(first["negative_elbo"]) == 81.123456789  # in full
+    assert float(first["negative_elbo"]) == 81.123456789  # unrounded
     assert float(first["negative_elbo_bits_per_dim"]) == 81.123456789 / 1000
     assert first["negative_bound_1000_samples"] == ""
     assert second["run"] == "b, too"
@@ -127,14 +135,14 @@ def test_the_files_hold_the_table_and_the_figures() -> None:
     assert (second["trained_commit"], second["scored_machine"]) == ("", "a GPU")
 
 
-def test_a_name_cannot_break_the_table() -> None:
-    evaluated(Path("a|b\nc"), figures(1.0))
+def test_any_name_fits_into_the_table() -> None:
+    evaluated(Path("a|b\nc"), content(1.0))
     (line,) = compare([Path("a|b\nc")], Path()).splitlines()[4:]
     assert line.startswith("| a\\|b c | digits | ")
 
 
-def test_columns_that_nobody_fills_are_left_out() -> None:
-    runs = [Scored("a", figures(1.0, seed=None)), Scored("b", figures(2.0))]
+def test_empty_columns_are_skipped() -> None:
+    runs = [scored("a", content(1.0, seed=None)), scored("b", content(2.0))]
     headers = [column.header for column in columns(runs, ("run", "minutes", "bounds"))]
     assert headers == ["run", "ELBO"]
 
@@ -150,73 +158,73 @@ def test_columns_that_nobody_fills_are_left_out() -> None:
         ({"dataset": "mnist"}, {}, set()),
         ({"n_images": 100, "limit": 100}, {}, set()),
         ({"n_images": 100, "limit": 100}, {"n_images": 100, "limit": 100}, {1}),
-        # The seed chooses a subset, of the whole set only the noise.
+        # The seed chooses a subset; for the whole set, it only changes the noise.
         ({"n_images": 100, "limit": 100, "seed": 1}, {"n_images": 100, "limit": 100}, set()),
         ({"seed": 1}, {}, {1}),
         ({"limit": 297, "seed": 1}, {}, {1}),
-        ({"elbo": 23.001}, {"elbo": 22.999}, {0, 1}),  # alike in the table
+        ({"elbo": 23.001}, {"elbo": 22.999}, {0, 1}),  # equal in the table
         ({"elbo": None}, {}, set()),
     ],
 )
 def test_the_best_of_the_same_images_is_bold(
     first: dict[str, Any], second: dict[str, Any], bold: set[int]
 ) -> None:
-    runs = [Scored("a", figures(24.0) | first), Scored("b", figures(23.0) | second)]
+    runs = [scored("a", content(24.0) | first), scored("b", content(23.0) | second)]
     (column,) = columns(runs, ("bounds",))
     assert column.best == bold
     cells = [line.strip("| ") for line in markdown([column]).splitlines()[2:]]
     assert [cell.startswith("**") for cell in cells] == [row in bold for row in (0, 1)]
 
 
-def test_subsets_are_known_in_files_that_do_not_say_so() -> None:
-    """Files without a limit are of all images where another says that these are all."""
-    old = figures(23.0)
+def test_a_file_may_lack_its_limit() -> None:
+    """It is of the whole split if another file says that it has as many images."""
+    old = content(23.0)
     del old["limit"]
-    assert columns([Scored("old", old)], ("data",))[0].cells == ["digits, 297 images"]
-    both = [Scored("old", old), Scored("new", figures(24.0))]
+    assert columns([scored("old", old)], ("data",))[0].cells == ["digits, 297 images"]
+    both = [scored("old", old), scored("new", content(24.0))]
     assert columns(both, ("data",))[0].cells == ["digits", "digits"]
-    other = Scored("seed 3", old | {"split": "valid", "seed": 3})
+    other = scored("seed 3", old | {"split": "valid", "seed": 3})
     assert columns([other], ("data",))[0].cells == ["digits, valid, 297 images of seed 3"]
 
 
-def test_no_note_where_all_rows_can_be_compared() -> None:
-    evaluated(Path("a"), figures(1.0))
-    evaluated(Path("b"), figures(2.0))
+def test_no_note_if_all_rows_can_be_compared() -> None:
+    evaluated(Path("a"), content(1.0))
+    evaluated(Path("b"), content(2.0))
     assert "cannot be compared" not in compare([Path("a"), Path("b")], Path())
 
 
-# --- Where the figures are ---
+# --- Where evaluations are found ---
 
 
 def test_the_newest_evaluation_counts() -> None:
-    """The newest by its step, and no other folder beside the steps."""
+    """The newest by its step; other folders are ignored."""
     for step in (900, 1000):
-        evaluated(Path("run"), figures(float(step), step=step), step)
+        evaluated(Path("run"), content(float(step), step=step), step)
     shutil.copytree("run/eval/900", "run/eval/2000-other")
-    assert Scored.read(Path("run")).bound("elbo") == 1000.0
-    assert Scored.read(Path("run/eval/900")).bound("elbo") == 900.0
+    assert Scored.read(Path("run")).metrics.bound("elbo") == 1000.0
+    assert Scored.read(Path("run/eval/900")).metrics.bound("elbo") == 900.0
     assert Scored.read(Path("run/eval/900/metrics.json")).name == "run/eval/900/metrics.json"
 
 
-def test_each_split_has_an_evaluation_of_its_own() -> None:
-    """The newest by its step counts, whatever its split; of one step, that of the test set."""
+def test_each_split_has_its_own_evaluation() -> None:
+    """The newest by its step counts, whatever its split; for one step, that of the test set."""
     run = Path("run")
     for step, split, elbo in ((900, "test", 4.0), (1000, "valid", 3.0), (1000, "train+valid", 2.0)):
         file = evaluation_folder(run, step, split) / "metrics.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(figures(elbo, step=step, split=split)))
+        file.write_text(json.dumps(content(elbo, step=step, split=split)))
     assert [folder.name for folder in evaluation_folders(run)] == [
         *("900", "1000-train+valid", "1000-valid")
     ]
-    assert Scored.read(run).bound("elbo") == 3.0
-    evaluated(run, figures(5.0, step=1000), 1000)
-    shutil.copytree(run / "eval" / "1000", run / "eval" / "1000-test")  # no name of ours
+    assert Scored.read(run).metrics.bound("elbo") == 3.0
+    evaluated(run, content(5.0, step=1000), 1000)
+    shutil.copytree(run / "eval" / "1000", run / "eval" / "1000-test")  # not one of ours
     assert [folder.name for folder in evaluation_folders(run)][-2:] == ["1000-valid", "1000"]
-    assert Scored.read(run).bound("elbo") == 5.0
+    assert Scored.read(run).metrics.bound("elbo") == 5.0
 
 
-def test_old_figures_are_understood() -> None:
-    """Those in results/, which were written before some entries existed."""
+def test_the_metrics_in_results_are_read() -> None:
+    """Some of them lack entries."""
     seeds = [f"small-static-mnist/seed-{seed}-step-2000" for seed in (1, 2, 42)]
     paths = [RESULTS / seed / "bound.json" for seed in seeds]
     table = compare(paths, Path())
@@ -229,60 +237,58 @@ def test_old_figures_are_understood() -> None:
 # --- Refusals ---
 
 
-def lacking(name: str) -> dict[str, Any]:
-    content = figures(1.0)
-    del content[name]
-    return content
+DAMAGED: list[Any] = [
+    "{",
+    "\udc80",
+    "[1]",
+    "[" * 100_000,
+    content(1.0) | {"elbo": "low"},
+    content(1.0, iw={"many": 1.0}),
+    content(1.0, iw={"10": [1.0]}),
+    content(1.0, kl_per_layer=3.0),
+    content(1.0, standard_error={"elbo": "x"}),
+    content(1.0, n_images=None),
+    content(1.0, trained="here"),
+    {name: value for name, value in content(1.0).items() if name != "elbo"},
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("{", "is damaged: "),
-        ("\udc80", "is damaged: "),
-        ("[1]", "does not hold the figures of an evaluation"),
-        (lacking("elbo"), "lacks elbo; evaluate the run again"),
-        (lacking("kl_per_layer"), "lacks kl_per_layer; evaluate the run again"),
-        (figures(1.0) | {"elbo": "low"}, "is damaged: elbo is 'low'"),
-        (figures(1.0) | {"elbo": True}, "is damaged: elbo is 'True'"),
-        (figures(1.0, iw={"many": 1.0}), "is damaged: iw is "),
-        (figures(1.0, iw={"10": [1.0]}), "is damaged: iw is "),
-        (figures(1.0, kl_per_layer=3.0), "is damaged: kl_per_layer is '3.0'"),
-        (figures(1.0, standard_error={"elbo": "x"}), "is damaged: standard_error is "),
-        (figures(1.0, n_images=None), "is damaged: n_images is 'None'"),
-        (figures(1.0, trained="here"), "is damaged: trained is 'here'"),
-        ("[" * 100_000, "is damaged: "),
-    ],
-)
-def test_damaged_figures_are_refused(content: Any, reason: str) -> None:
+@pytest.mark.parametrize("metrics", DAMAGED)
+def test_a_damaged_file_is_refused(metrics: Any) -> None:
     run = evaluated(Path("run"), "")
     file = run / "eval/800/metrics.json"
-    text = content if isinstance(content, str) else json.dumps(content)
+    text = metrics if isinstance(metrics, str) else json.dumps(metrics)
     file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as refused:
         compare([run], Path("out"))
-    assert str(refused.value).startswith(f"{file} {reason}")
+    assert str(refused.value).startswith(f"{file} is damaged")
     assert "\n" not in str(refused.value)
     assert not Path("out").exists()
 
 
-def test_what_has_no_figures_is_refused() -> None:
+def test_what_has_not_been_evaluated_is_refused() -> None:
     Path("folder").mkdir()
     Path("run").mkdir()
     Path("run/config.json").write_text("{}")
+    neither = "is neither a run folder nor an evaluation: it has no config.json and no metrics.json"
     for name, reason in {
-        "nowhere": "there is no nowhere; give run folders",
-        "folder": "folder is neither a run folder nor an evaluation: it has no config.json and no "
-        "metrics.json",
+        "nowhere": f"nowhere {neither}",
+        "folder": f"folder {neither}",
         "run": "run has not been evaluated yet; run: python evaluate.py run",
     }.items():
-        with pytest.raises(UserError) as refused:
-            compare([Path(name)], Path("out"))
-        assert str(refused.value) == reason
+        assert refusal(command.main, name) == f"error: {reason}\n"
+    assert not Path("comparison.md").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused() -> None:
-    evaluated(Path("run"), figures(1.0))
+def test_the_command_prints_the_table() -> None:
+    evaluated(Path("a"), content(1.0))
+    result = run_command(command.main, "a", "--out", "out")
+    assert result.code == 0
+    assert result.out == Path("out/comparison.md").read_text()
+
+
+def test_a_folder_that_is_not_writable_is_refused() -> None:
+    evaluated(Path("run"), content(1.0))
     Path("file").write_text("")
     with pytest.raises(UserError, match=r"cannot write file/comparison\.md"):
         compare([Path("run")], Path("file"))

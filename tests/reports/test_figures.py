@@ -1,4 +1,4 @@
-"""Which of an evaluation's pictures shows what, and what its noise depends on."""
+"""What an evaluation's pictures show, and what their noise depends on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,17 @@ from torch import Tensor
 from datasets.images import PackedImages
 from guide import build_ladder
 from ladder_vae.evaluation.inpainting import Completions
-from ladder_vae.networks import LadderConfig
 from ladder_vae.reports import figures as album
 from ladder_vae.reports.figures import draw_album, draw_completions
 from ladder_vae.reports.image_grids import Block
+from ladder_vae.runs.options import RunConfig
 from tests.commands import content
 
 
 @pytest.fixture
-def draw(tiny_config: Callable[..., LadderConfig]) -> Callable[..., None]:
-    """Draws the album of a tiny ladder of three layers into a folder."""
-    config = tiny_config()
+def draw(tiny_config: Callable[..., RunConfig]) -> Callable[..., None]:
+    """Draws the pictures of a tiny ladder with three layers into a folder."""
+    config = tiny_config().ladder
     model, guide = build_ladder(config, (1, 28, 28))
     model.eval()
     guide.eval()
@@ -36,9 +36,7 @@ def draw(tiny_config: Callable[..., LadderConfig]) -> Callable[..., None]:
     return draw
 
 
-def test_all_that_is_drawn_depends_on_the_seed_alone(
-    draw: Callable[..., None], tmp_path: Path
-) -> None:
+def test_pictures_depend_only_on_the_seed(draw: Callable[..., None], tmp_path: Path) -> None:
     for state, (name, seed) in enumerate((("first", 0), ("again", 0), ("other", 1))):
         torch.manual_seed(state)
         draw(tmp_path / name, seed)
@@ -49,20 +47,18 @@ def test_all_that_is_drawn_depends_on_the_seed_alone(
         assert first[name] != other[name]
 
 
-def test_noise_of_the_samples_is_not_that_of_others(
-    draw: Callable[..., None], tmp_path: Path
-) -> None:
-    """At another temperature, which takes fewer draws, everything else stays as it is."""
+def test_each_picture_has_its_own_noise(draw: Callable[..., None], tmp_path: Path) -> None:
+    """Temperature 0, which needs fewer draws, changes no picture but the samples."""
     draw(tmp_path / "one")
     draw(tmp_path / "none", temperature=0.0)
     one, none = content(tmp_path / "one"), content(tmp_path / "none")
     assert {name for name in one if one[name] != none[name]} == {"samples.png"}
 
 
-def test_each_layer_s_picture_is_of_that_layer(
+def test_each_layer_has_its_own_picture(
     draw: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers are known by their grey; the overview lists them from the bottom."""
+    """Each layer has its own grey here; the overview lists layers from the bottom."""
     pages: dict[str, tuple[int, Tensor]] = {}
     overview: list[Tensor] = []
 
@@ -85,7 +81,7 @@ def test_each_layer_s_picture_is_of_that_layer(
 
 
 def test_a_row_of_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image, what is known of it in front of grey, its completions, and their mean."""
+    """The image, its known part on grey, its completions, and their mean."""
     blocks: list[Block] = []
     monkeypatch.setattr(album, "draw_page", lambda *arguments: blocks.extend(arguments[-1]))
     x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(-1, 1, 1, 2)

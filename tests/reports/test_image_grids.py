@@ -1,4 +1,4 @@
-"""Grids, pages and charts: the right image at the right place, and the right figures drawn."""
+"""Grids, pages and charts: every image in its place, and the right numbers drawn."""
 
 import io
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torchvision.utils import make_grid
 
-from ladder_vae.reports import charts as plots
+from ladder_vae.reports import charts
 from ladder_vae.reports.image_grids import (
     Block,
     draw_interpolations,
@@ -78,7 +78,7 @@ def grid_left(page: Tensor, bottom: int) -> int:
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 8, 10), (6, 3, 32, 32), (12, 3, 64, 64)])
-def test_a_grid_is_torchvisions(shape: tuple[int, ...]) -> None:
+def test_a_grid_is_torchvision_s(shape: tuple[int, ...]) -> None:
     images = made_images(*shape)
     scale = {8: 7, 32: 2, 64: 1}[shape[-2]]
     enlarged = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
@@ -94,7 +94,7 @@ def test_the_nearest_of_256_levels_is_written(off: float, tmp_path: Path) -> Non
     assert (pixels(tmp_path / "levels.png") == levels.unsqueeze(-1)).all()
 
 
-def test_what_lies_outside_of_0_and_1_is_clipped(tmp_path: Path) -> None:
+def test_values_outside_0_and_1_are_clipped(tmp_path: Path) -> None:
     draw_samples(tmp_path / "s.png", torch.tensor([-0.5, 1.5]).view(2, 1, 1, 1))
     page = pixels(tmp_path / "s.png")
     top, left = len(page) - MARGIN - GAP - 56, MARGIN + GAP
@@ -119,7 +119,7 @@ def test_samples(channels: int, height: int, width: int, scale: int, tmp_path: P
     assert (page[:, -MARGIN:] == 255).all()
 
 
-def test_a_reconstruction_stands_below_its_image(tmp_path: Path) -> None:
+def test_a_reconstruction_is_below_its_image(tmp_path: Path) -> None:
     """Twelve pairs in rows of eight: two blocks."""
     x, reconstructed = made_images(24, 1, 28, 28).split(12)
     draw_reconstructions(tmp_path / "r.png", x, reconstructed)
@@ -140,7 +140,7 @@ def test_rows_of_a_layer_are_rows_of_the_picture(tmp_path: Path) -> None:
 
 
 def test_the_overview_has_the_top_layer_first(tmp_path: Path) -> None:
-    """Twelve layers of two rows each, every one with its label."""
+    """Twelve layers of two rows each, each with its label."""
     by_layer = list(made_images(12, 2, 6, 1, 28, 28))
     draw_layers(tmp_path / "l.png", by_layer, [(14, 14)] * 6 + [(7, 7)] * 6)
     page = pixels(tmp_path / "l.png")
@@ -152,7 +152,7 @@ def test_the_overview_has_the_top_layer_first(tmp_path: Path) -> None:
         bottom = start - 8
 
 
-def test_an_interpolation_has_its_images_above_the_ends(tmp_path: Path) -> None:
+def test_an_interpolation_has_its_images_above_its_ends(tmp_path: Path) -> None:
     images, ends = made_images(3, 8, 1, 28, 28), made_images(2, 1, 28, 28)
     draw_interpolations(tmp_path / "i.png", images, ends)
     page = pixels(tmp_path / "i.png")
@@ -178,7 +178,7 @@ def test_long_captions_are_wrapped_and_long_titles_widen_the_page(tmp_path: Path
 
 
 def test_kl_maps_have_their_positions_and_scales(tmp_path: Path) -> None:
-    """From dark at 0 to bright at each layer's own greatest; the top layer at the left."""
+    """From dark at 0 to bright at each layer's maximum; the top layer comes first."""
     dark, bright = torch.tensor([68, 1, 84]), torch.tensor([253, 231, 36])  # viridis
     bottom_map = torch.zeros(4, 4)
     bottom_map[3, 1] = 0.25
@@ -213,12 +213,12 @@ def test_twenty_kl_maps_fit(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Calls a function of `plots` and returns the axes that it drew."""
+    """Calls a function of `charts` and returns the axes that it drew."""
 
     def draw(function: Callable[..., None], *arguments: Any, **options: Any) -> Any:
         figures: list[Any] = []
         with monkeypatch.context() as patched:
-            patched.setattr(plots, "write_figure", lambda path, figure: figures.append(figure))
+            patched.setattr(charts, "write_figure", lambda path, figure: figures.append(figure))
             function(Path("chart.png"), *arguments, **options)
         figures[0].savefig(io.BytesIO(), format="png")  # places the ticks
         return figures[0].axes[0]
@@ -231,25 +231,25 @@ def texts(items: Any) -> list[str]:
 
 
 def test_kl_by_layer(drawn: Callable[..., Any]) -> None:
-    axes = drawn(plots.draw_kl_by_layer, [5.79, 0.81712, 2.5])
+    axes = drawn(charts.draw_kl_by_layer, [5.79, 0.81712, 2.5])
     assert [bar.get_width() for bar in axes.patches] == [5.79, 0.81712, 2.5]
     heights = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
     assert heights == pytest.approx([1, 2, 3])
     assert texts(axes.get_yticklabels()) == ["layer 1 (bottom)", "layer 2", "layer 3 (top)"]
     assert texts(axes.texts) == ["5.79", "0.817", "2.5"]
-    assert axes.get_title("left") == "KL by layer: 9.11 nats in all"
+    assert axes.get_title("left") == "KL by layer: 9.11 nats in total"
     assert axes.get_xlim()[0] == 0
 
 
 def test_kl_of_a_ladder_that_learned_nothing(drawn: Callable[..., Any]) -> None:
-    axes = drawn(plots.draw_kl_by_layer, [0.0] * 12)
+    axes = drawn(charts.draw_kl_by_layer, [0.0] * 12)
     assert texts(axes.texts) == ["0"] * 12
     assert axes.get_xlim()[0] == 0
 
 
 def test_the_bound_has_its_band_and_its_reference(drawn: Callable[..., Any]) -> None:
     samples, mean, error = [1, 10, 1000], [82.0, 80.0, 79.5], [0.5, 0.25, 0.125]
-    axes = drawn(plots.draw_bound, samples, mean, error, reference=("reference", 79.24))
+    axes = drawn(charts.draw_bound, samples, mean, error, reference=("reference", 79.24))
     curve, level = axes.lines
     assert curve.get_xydata().tolist() == [[1, 82.0], [10, 80.0], [1000, 79.5]]
     assert list(level.get_ydata()) == [79.24, 79.24]
@@ -270,7 +270,7 @@ def test_the_bound_has_its_band_and_its_reference(drawn: Callable[..., Any]) -> 
 
 def test_the_bound_of_every_k_has_ticks_with_room_between_them(drawn: Callable[..., Any]) -> None:
     samples = list(range(1, 1001))
-    axes = drawn(plots.draw_bound, samples, [80.0] * 1000, [0.1] * 1000)
+    axes = drawn(charts.draw_bound, samples, [80.0] * 1000, [0.1] * 1000)
     ticks = axes.get_xticks()
     assert ticks[0] == 1
     assert 6 <= len(ticks) <= 13
@@ -278,18 +278,18 @@ def test_the_bound_of_every_k_has_ticks_with_room_between_them(drawn: Callable[.
 
 
 def test_the_bound_of_one_k(drawn: Callable[..., Any]) -> None:
-    axes = drawn(plots.draw_bound, [100], [80.0], [0.1])
+    axes = drawn(charts.draw_bound, [100], [80.0], [0.1])
     assert texts(axes.get_xticklabels()) == ["100"]
 
 
 def test_pareto_k_counts_the_images_above_the_threshold(drawn: Callable[..., Any]) -> None:
-    """Without a k-hat (nan) an image does not count; infinite ones do, and have no bar."""
+    """Images without a k-hat (nan) do not count; infinite ones do, and have no bar."""
     k = [0.1, 0.2, 0.7, 0.71, 0.9, np.inf, -np.inf, 0.3, np.nan]
-    axes = drawn(plots.draw_pareto_k, k)
+    axes = drawn(charts.draw_pareto_k, k)
     assert axes.get_title("left") == "Pareto k-hat: above 0.7 for 37.5% of 8 images"
     assert sum(bar.get_height() for bar in axes.patches) == 6
     assert list(axes.lines[0].get_xdata()) == [0.7, 0.7]
-    empty = drawn(plots.draw_pareto_k, [np.nan])
+    empty = drawn(charts.draw_pareto_k, [np.nan])
     assert empty.get_title("left") == "Pareto k-hat: above 0.7 for 0.0% of 0 images"
 
 
@@ -298,7 +298,7 @@ def test_roc_curves_have_their_areas_in_the_legend(drawn: Callable[..., Any]) ->
         "bound": ([0.0, 0.0, 1.0], [0.0, 1.0, 1.0], 1.0),
         "ratio": ([0.0, 0.5, 1.0], [0.0, 1.0, 1.0], 0.75),
     }
-    axes = drawn(plots.draw_roc, curves, title="Digits from letters")
+    axes = drawn(charts.draw_roc, curves, title="Digits from letters")
     bound, ratio, chance = axes.lines
     assert bound.get_xydata().tolist() == [[0, 0], [0, 1], [1, 1]]
     assert ratio.get_xydata().tolist() == [[0, 0], [0.5, 1], [1, 1]]
@@ -323,15 +323,15 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
         path, made_images(2, 5, 1, 8, 8), made_images(2, 1, 8, 8)
     ),
     "kl_maps": lambda path: draw_kl_maps(path, [made_images(4, 4), made_images(2, 2)]),
-    "kl_by_layer": lambda path: plots.draw_kl_by_layer(path, [1.0, 2.0]),
-    "bound": lambda path: plots.draw_bound(path, [1, 10], [2.0, 1.0], [0.1, 0.1]),
-    "pareto_k": lambda path: plots.draw_pareto_k(path, [0.1, 0.8]),
-    "roc": lambda path: plots.draw_roc(path, {"a": ([0, 1], [0, 1], 0.5)}, title="t"),
+    "kl_by_layer": lambda path: charts.draw_kl_by_layer(path, [1.0, 2.0]),
+    "bound": lambda path: charts.draw_bound(path, [1, 10], [2.0, 1.0], [0.1, 0.1]),
+    "pareto_k": lambda path: charts.draw_pareto_k(path, [0.1, 0.8]),
+    "roc": lambda path: charts.draw_roc(path, {"a": ([0, 1], [0, 1], 0.5)}, title="t"),
 }
 
 
 @pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
-def test_the_same_file_byte_for_byte_and_nothing_but_the_picture_in_it(
+def test_files_are_reproducible_and_hold_no_metadata(
     draw: Callable[[Path], None], tmp_path: Path
 ) -> None:
     first, second = tmp_path / "new" / "folder" / "a.png", tmp_path / "b.png"
@@ -347,13 +347,13 @@ def test_the_same_file_byte_for_byte_and_nothing_but_the_picture_in_it(
 
 
 @pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
-def test_a_folder_that_cannot_be_written(draw: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable(draw: Callable[[Path], None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*a\.png"):
         draw(tmp_path / "file" / "a.png")
 
 
-def test_charts_are_as_wide_as_they_say(tmp_path: Path) -> None:
-    plots.draw_bound(tmp_path / "b.png", [1, 10], [2.0, 1.0], [0.1, 0.1])
+def test_charts_are_800_pixels_wide(tmp_path: Path) -> None:
+    charts.draw_bound(tmp_path / "b.png", [1, 10], [2.0, 1.0], [0.1, 0.1])
     with Image.open(tmp_path / "b.png") as picture:
         assert picture.size == (800, 450)

@@ -1,6 +1,7 @@
-"""Checkpoints of the original implementation become run folders that evaluate.py scores."""
+"""Weights of the original implementation become run folders that evaluate.py evaluates."""
 
-import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +9,81 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
+import datasets
+import train_svi
+from elbo import FreeBitsELBO
+from ladder import Ladder
+from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.runs.run import Run
 from runtime.errors import UserError
-from tools import import_reference as reference_checkpoint
+from tests.commands import refusal, run, words
+from tests.runs.test_presets import made_images
+from tools import import_reference
+from tools.import_reference import config_from_case, from_reference, read_weights
 
-WEIGHTS = Path(__file__).parent / "golden" / "run_2000.npz"
-OPTIONS = (
+WEIGHTS = Path(__file__).parents[1] / "golden" / "run_2000.npz"
+# The options that they were trained with, on the command line and by the reference's names.
+OPTIONS = words(
     "--zdims 8 8 8 --downsample 1 1 1 --blocks-per-layer 1 --nfilters 16 --skip --gated "
     "--learn-top-prior --freebits 0.5"
-).split()
+)
+CASE: dict[str, Any] = {
+    "color_ch": 1,
+    "img_shape": [28, 28],
+    "z_dims": [8, 8, 8],
+    "blocks_per_layer": 1,
+    "downsample": [1, 1, 1],
+    "n_filters": 16,
+    "nonlin": "elu",
+    "merge_type": "residual",
+    "res_block_type": "bacdbacd",
+    "batchnorm": True,
+    "dropout": 0.2,
+    "gated": True,
+    "stochastic_skip": True,
+    "free_bits": 0.5,
+    "learn_top_prior": True,
+    "likelihood_form": "bernoulli",
+    "analytical_kl": False,
+    "no_initial_downscaling": False,
+}
 
 
-def convert(out: Path, weights: Path = WEIGHTS, options: list[str] = OPTIONS) -> int:
-    arguments = [str(weights), *options, "--step", "2000", "--out", str(out)]
-    return reference_checkpoint.main(arguments)
+def command(out: Path, weights: Path = WEIGHTS, *changes: str) -> list[str]:
+    return [str(weights), *OPTIONS, *changes, "--step", "2000", "--out", str(out)]
+
+
+# --- The run folder ---
 
 
 def test_weights_become_a_run(tmp_path: Path) -> None:
-    """Every array of the file is somewhere in the checkpoint, and nothing else is."""
-    assert convert(tmp_path / "run") == 0
-    run = Run.open(tmp_path / "run")
-    trained: Any = evaluate.Trained.load(run, None, torch.device("cpu"), average=True)
-    assert (trained.step, trained.weights) == (2000, "last")
-    state = reference_checkpoint.read_weights(WEIGHTS)
-    tensors = reference_checkpoint.reference_tensors(trained.model, trained.guide, state.keys())
+    """The checkpoint holds exactly the arrays of the file."""
+    result = run(import_reference.main, *command(tmp_path / "run"))
+    assert result.code == 0, result.err
+    ladder = Ladder.load(tmp_path / "run", device="cpu")
+    assert (ladder.step, ladder.weights, ladder.run.image_shape) == (2000, "last", (1, 28, 28))
+    assert ladder.run.config.free_bits == 0.5
+    state = read_weights(WEIGHTS)
+    tensors = import_reference.reference_tensors(ladder.model, ladder.guide, state.keys())
     assert tensors.keys() == state.keys()
-    for name, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor.detach().numpy(), state[name])
-    parameters = [*trained.model.parameters(), *trained.guide.parameters()]
-    assert sum(p.numel() for p in parameters) == 94_193
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tensors.items())
+    assert count_parameters(ladder.model, ladder.guide) == 94_193
 
 
-def test_torch_files_are_read_too(tmp_path: Path) -> None:
+def test_training_cannot_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original's checkpoint has no optimizer state."""
+    arguments = command(tmp_path / "run", WEIGHTS, "--batch-size", "4")
+    assert import_reference.main(arguments) == 0
+    monkeypatch.setattr(datasets, "load", made_images)
+    line = refusal(train_svi.main, "--resume", tmp_path / "run", "--steps", 3000)
+    assert "the checkpoint holds only weights" in line
+
+
+def test_files_of_torch_give_the_same_run(tmp_path: Path) -> None:
     """The original saves its state dict with torch.save."""
-    state = reference_checkpoint.read_weights(WEIGHTS)
-    torch.save({k: torch.as_tensor(v) for k, v in state.items()}, tmp_path / "weights.pt")
-    assert convert(tmp_path / "a") == convert(tmp_path / "b", tmp_path / "weights.pt") == 0
+    torch.save(read_weights(WEIGHTS), tmp_path / "weights.pt")
+    assert import_reference.main(command(tmp_path / "a")) == 0
+    assert import_reference.main(command(tmp_path / "b", tmp_path / "weights.pt")) == 0
     a, b = (
         Run.open(tmp_path / name).load_checkpoint(None, torch.device("cpu"))["weights"]
         for name in "ab"
@@ -53,51 +92,136 @@ def test_torch_files_are_read_too(tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+# --- The pair ---
+
+
+def test_the_reference_s_options_are_read() -> None:
+    config = config_from_case(CASE)
+    assert (config.n_filters, config.dropout, config.merge_layers) == (16, 0.2, "residual")
+    assert (config.skip, config.gated, config.initial_downscaling) == (True, True, True)
+    assert not config_from_case(CASE | {"no_initial_downscaling": True}).initial_downscaling
+    assert config_from_case(CASE | {"dropout": None}).dropout == 0
+
+
+def test_trained_weights_give_a_trained_ladder() -> None:
+    """A blank image scores far above chance, and above random images."""
+    model: Any
+    guide: Any
+    model, guide = from_reference(CASE, read_weights(WEIGHTS))
+    model.eval()
+    guide.eval()
+    torch.manual_seed(0)
+    x = torch.cat([torch.zeros(1, 1, 28, 28), torch.rand(3, 1, 28, 28).round()])
+    with torch.no_grad():
+        terms = FreeBitsELBO().compute_terms(model, guide, x)
+    assert terms.kl.shape == (4, 3)
+    assert terms.elbo.isfinite().all()
+    chance = -784 * math.log(2)
+    assert terms.elbo[0] > 0.5 * chance
+    assert (terms.elbo[1:] < terms.elbo[0]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (("--zdims", "8 8"), "--zdims lists 2 layers but --downsample 3"),
+        ({"n_filters": 8}, "has shape (16, 1, 5, 5) in the reference's weights but (8, 1, 5, 5)"),
+        ({"z_dims": [8, 8, 4]}, "shape"),
+        ({"color_ch": 3}, "shape"),
+        ({"z_dims": [8, 8], "downsample": [1, 1]}, "lack"),
+        ({"z_dims": [8] * 4, "downsample": [1] * 4}, "layers in bottom_up_layers.3"),
+        ({"blocks_per_layer": 2}, "have 0 layers in bottom_up_layers.0.net.1.res"),
+        ({"batchnorm": False}, "layers in first_bottom_up.2.res"),
+        ({"gated": False}, "layers in"),
         (
-            ("--nfilters", "8"),
-            "has shape (16, 1, 5, 5) in the reference's weights but (8, 1, 5, 5)",
-        ),
-        (("--blocks-per-layer", "2"), "have 0 layers in bottom_up_layers.0.net.1.res"),
-        (
-            ("--no-skip", ""),
+            {"stochastic_skip": False},
             "has no place for the weights top_down_layers.0.skip_connection_merger",
         ),
-        (("--no-bn", ""), "layers in first_bottom_up.2.res"),
+        ({"merge_type": "linear"}, ""),
+        ({"downsample": [1, 1, 0]}, "no place for the weights"),
+    ],
+    ids=str,
+)
+def test_weights_of_another_network_are_refused(change: dict[str, Any], complaint: str) -> None:
+    """One line names a difference and the remedy."""
+    weights = read_weights(WEIGHTS)
+    with pytest.raises(UserError) as caught:
+        from_reference(CASE | change, weights)
+    line = str(caught.value)
+    assert complaint in line
+    assert line.endswith("give the options that it was trained with")
+    assert line.isprintable()
+
+
+# --- Wrong commands and files ---
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("--zdims 8 8", "--zdims lists 2 layers but --downsample 3"),
+        ("--nfilters 8", "has shape (16, 1, 5, 5)"),
+        ("--step -1", "--step: -1 is too small"),
     ],
 )
-def test_options_of_another_network(
-    tmp_path: Path, change: tuple[str, str], complaint: str
-) -> None:
-    """One line says what does not fit, and no run folder is made."""
-    with pytest.raises(UserError) as refusal:
-        convert(tmp_path / "run", options=[*OPTIONS, change[0], *change[1].split()])
-    assert complaint in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+def test_wrong_commands_make_no_run(tmp_path: Path, change: str, complaint: str) -> None:
+    arguments = [*command(tmp_path / "run"), *words(change)]
+    assert complaint in refusal(import_reference.main, *arguments)
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_no_weights(tmp_path: Path) -> None:
-    """Other files, missing ones and pickled objects are refused by name."""
+def test_other_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("weights")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     torch.save(["a", "list"], tmp_path / "list.pt")
-    for name in ("text.pt", "other.npz", "list.pt", "missing.npz"):
-        with pytest.raises(UserError) as refusal:
-            convert(tmp_path / "run", tmp_path / name)
-        assert name in str(refusal.value)
-        assert "\n" not in str(refusal.value)
+    torch.save(torch.zeros(2), tmp_path / "tensor.pt")
+    torch.save({"a": 1}, tmp_path / "number.pt")
+    names = ("text.pt", "other.npz", "list.pt", "tensor.pt", "number.pt", "none.npz", "none.pt")
+    for name in names:
+        line = refusal(import_reference.main, *command(tmp_path / "run", tmp_path / name))
+        assert str(tmp_path / name) in line
         assert not (tmp_path / "run").exists()
 
 
-def test_weights_alone_are_not_trained_further(tmp_path: Path) -> None:
-    """The original's checkpoint has no state of the optimiser; evaluation is what it is for."""
-    assert convert(tmp_path / "run") == 0
-    content = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert content["image_shape"] == [1, 28, 28]
-    state = Run.open(tmp_path / "run").load_checkpoint(None, torch.device("cpu"))
-    assert state["optimizer"] is None
-    assert state["average"] is None
+def read_refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+def test_arrays_that_are_not_weights_are_skipped(tmp_path: Path) -> None:
+    arrays = {"state/a.weight": np.ones(2), "x": np.ones(3)}
+    np.savez(tmp_path / "weights.npz", allow_pickle=False, **arrays)
+    assert list(read_weights(tmp_path / "weights.npz")) == ["a.weight"]
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "weights.pt"])
+@pytest.mark.parametrize("kept", [0.5, 0.0])
+def test_truncated_files_are_refused(name: str, kept: float, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if path.suffix == ".npz":
+        whole = WEIGHTS.read_bytes()
+    else:
+        torch.save({"weight": torch.zeros(1000)}, path)
+        whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    assert f"{path} is damaged or not" in read_refusal(path)
+
+
+class Malicious:
+    """Unpickling this would create a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("executed", "w")
+
+
+def test_reading_runs_no_code_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Malicious(), tmp_path / "weights.pt")
+    objects = {"state/a": np.array([Malicious()], dtype=object)}
+    np.savez(tmp_path / "weights.npz", allow_pickle=True, **objects)
+    for name in ("weights.pt", "weights.npz"):
+        assert f"{tmp_path / name} is damaged or not" in read_refusal(tmp_path / name)
+        assert not os.path.exists("executed")

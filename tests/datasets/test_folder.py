@@ -1,4 +1,4 @@
-"""Images from a folder: what is read of them, and every kind that is refused."""
+"""Images from a folder: what is read, and every kind of error."""
 
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,17 @@ def save(path: Path, array: np.ndarray, **options: Any) -> None:
 
 
 def refused(path: Path, shape: Shape = GREY, *, binary: bool = False) -> str:
-    """The line that refuses a folder; what is wrong in it must be named."""
+    """The line with which a folder is refused."""
     return refusal(lambda: load_folder(path, shape, binary=binary))
 
 
-# --- What is read ---
+# What is read
 
 
 def test_colour_images(tmp_path: Path) -> None:
-    """In the order of their names, level / 255, from every format without loss."""
+    """Sorted by name, as level / 255, from every lossless format."""
     pictures = levels(5, 5, 7, 3)
-    names = ["10.png", "9.bmp", "B.PNG", "a.tiff", "b.webp"]  # as text is sorted
+    names = ["10.png", "9.bmp", "B.PNG", "a.tiff", "b.webp"]  # sorted as text
     for name, picture in reversed(list(zip(names, pictures, strict=True))):
         save(tmp_path / name, picture, **({"lossless": True} if name == "b.webp" else {}))
     images, found = load_folder(tmp_path, COLOUR, binary=False)
@@ -55,7 +55,7 @@ def test_binary_images_are_packed(tmp_path: Path, channels: int) -> None:
 
 
 def test_grey_images_of_every_kind(tmp_path: Path) -> None:
-    """Grey itself, one bit, grey in colour channels or a palette, and opaque transparency."""
+    """Grey, one bit, grey in colour channels or a palette, and an opaque alpha channel."""
     bright = np.where(levels(1, 5, 7)[0] > 127, 255, 0).astype(np.uint8)
     grey = Image.fromarray(bright)
     opaque = grey.convert("RGBA")
@@ -84,7 +84,7 @@ def test_jpeg_is_read_as_pillow_does(tmp_path: Path) -> None:
 
 
 def test_photographs_are_turned(tmp_path: Path) -> None:
-    """By the orientation tag: 6 is a quarter turn clockwise."""
+    """Orientation tag 6 means a quarter turn clockwise."""
     picture = levels(1, 5, 7)[0]
     image = Image.fromarray(picture)
     exif = image.getexif()
@@ -103,7 +103,7 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
     assert names == ["a.png"]
 
 
-# --- What is refused ---
+# What is refused
 
 
 def test_folders_without_images(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_damaged_files(tmp_path: Path, suffix: str, damage: str) -> None:
 
 
 def test_formats_that_run_programs_are_not_tried(tmp_path: Path) -> None:
-    """PostScript under an image's name."""
+    """PostScript in a file named like an image is not tried."""
     Image.new("L", (7, 5)).save(tmp_path / "a.png", format="EPS")
     assert "a.png is damaged or no image" in refused(tmp_path)
 
@@ -140,7 +140,7 @@ def test_formats_that_run_programs_are_not_tried(tmp_path: Path) -> None:
 def test_another_size(tmp_path: Path) -> None:
     save(tmp_path / "a.png", levels(1, 7, 5)[0])
     assert refused(tmp_path) == (
-        f"{tmp_path / 'a.png'} is 5 wide and 7 high; the model's images are 7 wide and 5 high"
+        f"{tmp_path / 'a.png'} is 5 wide and 7 high but the model's images are 7 wide and 5 high"
     )
 
 
@@ -148,13 +148,13 @@ def test_colour_for_grey_and_grey_for_colour(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture = levels(1, 5, 7, 3)[0]
     save(path, picture)
-    assert f"{path} is in colour and the model's images are grey" in refused(tmp_path)
+    assert f"{path} is in colour but the model's images are grey" in refused(tmp_path)
     picture[..., 1:] = picture[..., :1]
-    picture[4, 6, 2] ^= 1  # the least colour there is
+    picture[4, 6, 2] ^= 1  # the smallest difference
     save(path, picture)
-    assert f"{path} is in colour and the model's images are grey" in refused(tmp_path)
+    assert f"{path} is in colour but the model's images are grey" in refused(tmp_path)
     save(path, picture[..., 0])
-    assert f"{path} is grey and the model's images are in colour" in refused(tmp_path, COLOUR)
+    assert f"{path} is grey but the model's images are in colour" in refused(tmp_path, COLOUR)
 
 
 def test_levels_for_binary_images(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_levels_for_binary_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "L", "1"])
 def test_transparent_pixels(tmp_path: Path, mode: str) -> None:
-    """In a channel of their own, or as a level or colour that stands for them."""
+    """In an alpha channel, or as a transparent level or colour."""
     path = tmp_path / "a.png"
     grey = Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8))
     if mode in ("LA", "RGBA"):
@@ -185,9 +185,9 @@ def test_transparent_pixels(tmp_path: Path, mode: str) -> None:
     ("name", "mode"), [("a.jpg", "CMYK"), ("a.tif", "F"), ("a.png", "I;16"), ("a.tif", "LAB")]
 )
 def test_pixels_of_other_kinds(tmp_path: Path, name: str, mode: str) -> None:
-    """A printer's colours, real numbers, 16 bits, a colour space of its own."""
+    """CMYK, floating point, 16 bits and LAB."""
     Image.new(mode, (7, 5)).save(tmp_path / name)
-    assert f"{tmp_path / name} has pixels of the kind {mode}" in refused(tmp_path)
+    assert f"{tmp_path / name} has pixels of Pillow's mode {mode}" in refused(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".tif", ".webp"])
@@ -200,7 +200,7 @@ def test_several_frames(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("limit", [34, 17])
 def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """35 pixels, where Pillow would warn of more than 34 and refuses twice 17 by itself."""
+    """35 pixels: Pillow warns above its limit and raises above twice its limit."""
     path = tmp_path / "a.png"
     save(path, levels(1, 5, 7)[0])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -210,8 +210,8 @@ def test_decompression_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, li
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "a.png", levels(1, 5, 7)[0])
 
-    def denied(path: Path, mode: str) -> None:
+    def denied(path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "read_bytes", denied)
     assert f"cannot read {tmp_path / 'a.png'} (Permission denied)" in refused(tmp_path)

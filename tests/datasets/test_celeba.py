@@ -1,4 +1,4 @@
-"""CelebA, on ten made pictures in its published layout."""
+"""CelebA, on ten made images in its published layout."""
 
 import errno
 import hashlib
@@ -30,7 +30,7 @@ NEEDED = ("img_align_celeba.zip", "list_eval_partition.txt")
 
 
 class Published:
-    """What is published, in the folder that users put it into: ``DATA_DIR/celeba``."""
+    """The published files, in the folder into which users put them: `DATA_DIR/celeba`."""
 
     def __init__(self, data_dir: Path) -> None:
         self.folder = data_dir / "celeba"
@@ -79,7 +79,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
 
 
 def trust_files(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give out the files that are there as those published."""
+    """Make the present files count as the published ones."""
     file_list = [
         (f"address of {p.name}", hashlib.md5(p.read_bytes()).hexdigest(), p.name)
         for p in sorted(published.folder.iterdir())
@@ -113,7 +113,7 @@ def numbers(split: str) -> list[int]:
     return {"train": train, "valid": valid, "test": test, "train+valid": train + valid}[split]
 
 
-# --- What it holds ---
+# Contents
 
 
 @pytest.mark.parametrize("split", datasets.SPLITS)
@@ -159,7 +159,7 @@ def test_the_file_is_in_the_promised_format(published: Published) -> None:
 
 
 @pytest.mark.parametrize("also_archive", [True, False])
-def test_a_folder_of_pictures_serves_as_the_archive_does(
+def test_an_extracted_folder_gives_the_same_images(
     published: Published, also_archive: bool
 ) -> None:
     first = everything(datasets.load("celeba", "train", published.file.parent))
@@ -194,11 +194,11 @@ def test_a_damaged_file_is_refused_and_left_alone(published: Published) -> None:
     assert published.file.read_bytes() == body
 
 
-# --- Preparations that do not come to their end ---
+# Interrupted preparations
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
-def test_an_interrupted_preparation_leaves_nothing_and_begins_anew(
+def test_an_interrupted_preparation_leaves_nothing_and_can_be_repeated(
     published: Published, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     before = published.files()
@@ -225,7 +225,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_begins_anew(
     assert len(datasets.load("celeba", "valid", published.file.parent)) == 3
 
 
-def test_a_preparation_killed_at_any_rename_begins_anew(
+def test_a_preparation_killed_before_a_rename_can_be_repeated(
     published: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace = os.replace
@@ -245,7 +245,7 @@ def test_a_preparation_killed_at_any_rename_begins_anew(
     assert len(datasets.load("celeba", "valid", published.file.parent)) == 3
 
 
-# --- Files that are not the published ones ---
+# Files with other contents
 
 
 def test_an_archive_or_partition_of_another_kind_is_refused(published: Published) -> None:
@@ -298,7 +298,7 @@ def test_a_picture_that_the_archive_lacks_is_named(
     assert "celeba.npy" not in published.files()
 
 
-# --- Downloads ---
+# Downloads
 
 
 def download_from(

@@ -1,4 +1,4 @@
-"""Multi-dSprites: what is drawn, how often, and that it never changes."""
+"""Multi-dSprites: its images, their distribution, and fixed checksums."""
 
 import hashlib
 from itertools import product
@@ -12,7 +12,7 @@ from datasets import multi_dsprites
 from datasets.multi_dsprites import Factors, draw_factors, render
 from tests.made_data import contents, everything, forbid_network, refusal
 
-# A change of these is a change of the data set: of the first 100 images, packed.
+# Checksums of the first 100 images, packed. If they change, the data set has changed.
 PINNED = {
     "train": "1530080887c426284ce35e609979bb1f527bd7810bfb651f744671f21f0876c5",
     "valid": "6e8ec52564f50f93315e2847089c165ec9b3cb2799aa6559bda97f3b892babca",
@@ -23,7 +23,7 @@ SQUARE, ELLIPSE, HEART = range(3)
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
-    """Far fewer images, packed, and no network."""
+    """Replace the data set by a few packed images, without a network."""
     arrays = {
         split: packed(render(draw_factors(split, count)))
         for split, count in (("train", 30), ("valid", 10), ("test", 20))
@@ -38,13 +38,13 @@ def packed(images: np.ndarray) -> np.ndarray:
 
 
 def scenes(sprites: list[tuple[int, int, int, int, int, int]], number: int = 1) -> Factors:
-    """Images with ``number`` sprites out of two, each with the factors of one of ``sprites``."""
+    """Images with `number` sprites out of two, each with the factors of one of `sprites`."""
     columns = np.array(sprites).reshape(-1, number, 6)
     columns = np.concatenate([columns, np.ones_like(columns)], axis=1)[:, :2]
     return Factors(np.full(len(columns), number), *columns.transpose(2, 0, 1))
 
 
-# --- The data set ---
+# The data set
 
 
 def test_images_are_these() -> None:
@@ -55,7 +55,7 @@ def test_images_are_these() -> None:
     assert found == PINNED
 
 
-def test_a_whole_split_is_the_one_its_check_sum_is_of() -> None:
+def test_a_whole_split_has_its_checksum() -> None:
     arrays = packed(render(draw_factors("valid", 5000)))
     assert hashlib.sha256(arrays.tobytes()).hexdigest() == multi_dsprites.CONTENTS["valid"].sha256
 
@@ -116,7 +116,7 @@ def test_what_is_generated_is_checked_before_it_is_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- How often ---
+# Distribution
 
 
 def test_every_factor_is_uniform_and_they_are_independent() -> None:
@@ -138,7 +138,7 @@ def test_every_factor_is_uniform_and_they_are_independent() -> None:
     assert np.abs(correlations).max() < 5 / n**0.5
 
 
-# --- What is drawn ---
+# Images
 
 
 def test_images_show_their_sprites_and_nothing_else() -> None:

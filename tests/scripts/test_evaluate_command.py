@@ -81,7 +81,7 @@ def test_layers_are_listed_from_the_bottom(trained_copy: Path) -> None:
 
 def test_options_choose_checkpoint_weights_split_and_images(trained_copy: Path) -> None:
     arguments = words("--checkpoint 20 --no-average --split valid --limit 20 --samples 2 --seed 3")
-    result = run(*(evaluate.main, trained_copy, *arguments, "--batch-size", 7, "--device", "cpu"))
+    result = run(evaluate.main, trained_copy, *arguments, "--batch-size", 7, "--device", "cpu")
     assert result.code == 0, result.err
     assert "digits, 20 valid images, step 20, last weights" in result.out
     assert "note      the run was trained on valid images" in result.out

@@ -211,7 +211,7 @@ def test_the_progress_bar_shows_the_elbo(
 ) -> None:
     """In a terminal it replaces the lines of training entries."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(logger.time, "monotonic", iter(range(10**6)).__next__)
+    monkeypatch.setattr("time.monotonic", iter(range(10**6)).__next__)
     options = "--tr-log-interv 2 --ts-log-interv 0 --steps 4".split()
     assert train(*LADDER, *options, "--out", tmp_path / "run") == 0
     err = capsys.readouterr().err

@@ -15,7 +15,7 @@ import train_svi
 from guide import LadderGuide
 from ladder_vae.runs.options import RunConfig
 from model import LadderModel
-from tests.commands import run, words
+from tests.commands import run
 from tests.tiny_runs import TRAINED_RUN
 
 IMAGE_SHAPE = (1, 8, 10)

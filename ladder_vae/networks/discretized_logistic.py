@@ -34,8 +34,8 @@ class DiscretizedLogistic(TorchDistribution):
         mass(k) = sigmoid(((k + 1)/256 - loc) / scale) - sigmoid((k/256 - loc) / scale)
         log_prob(k/255) = log(mass(k) + 1e-7), in nats
 
-    The constant keeps `log_prob` above -16.12; because of it, the probabilities of all levels sum to
-    1 + 256e-7. Samples and moments are those of the mass without the constant.
+    The constant keeps `log_prob` above -16.12; because of it, the probabilities of all levels
+    sum to 1 + 256e-7. Samples and moments are those of the mass without the constant.
 
     Args:
         loc: location of the logistic, a real tensor.

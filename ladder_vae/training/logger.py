@@ -285,7 +285,9 @@ class Logger:
             values |= by_layer("train_kl_collapsed", [float(i in self._collapsed) for i in layers])
         self._monitor.scalars(step, values)
         if not self._monitor.shows_bar:
-            elbo = f"ELBO {self._formatted(-means.negative_elbo)}" if means else "all updates skipped"
+            elbo = (
+                f"ELBO {self._formatted(-means.negative_elbo)}" if means else "all updates skipped"
+            )
             flag = f", KL collapsed in {_listed(self._collapsed)}" if self._collapsed else ""
             self._monitor.say(f"step {step}: {elbo}, {rate:.0f} images/s{flag}")
         self._since_step, self._since = step, time.monotonic()

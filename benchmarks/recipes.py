@@ -2,9 +2,9 @@
 
     python -m benchmarks.recipes reference cosine-3e-3 [--seed 1] [--data-dir data]
 
-Each recipe trains a small ladder on the training images of static MNIST, on as many images as 2,000
-steps of 64 see, and is evaluated on the validation images; the test images are not used. Writes a
-file per recipe and seed to results/recipes/.
+Each recipe trains a small ladder on the training images of static MNIST, for 2,000 steps of 64
+images or as many images in other batches, and is evaluated on the validation images. The test
+images are not used. Writes a file per recipe and random seed to results/recipes/.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from runtime.files import write_json
 RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")
 IMAGES = 128_000
-# The setting, without what the recipes change.
+# The options that are the same for all recipes.
 SETTING = (
     "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
     "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "

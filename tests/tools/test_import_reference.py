@@ -134,10 +134,10 @@ def test_trained_weights_give_a_trained_ladder() -> None:
         ({"gated": False}, "layers in"),
         (
             {"stochastic_skip": False},
-            "has no place for the weights top_down_layers.0.skip_connection_merger",
+            "has no weights top_down_layers.0.skip_connection_merger",
         ),
         ({"merge_type": "linear"}, ""),
-        ({"downsample": [1, 1, 0]}, "no place for the weights"),
+        ({"downsample": [1, 1, 0]}, "has no weights"),
     ],
     ids=str,
 )

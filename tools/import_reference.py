@@ -102,9 +102,7 @@ def reference_tensors(
     for name in sorted(tensors.keys() - set(names)):
         raise UserError(f"the reference's weights lack {name}; {_ADVICE}")
     for name in sorted(set(names) - tensors.keys()):
-        raise UserError(
-            f"the network with these options has no weights {name}; {_ADVICE}"
-        )
+        raise UserError(f"the network with these options has no weights {name}; {_ADVICE}")
     return tensors
 
 

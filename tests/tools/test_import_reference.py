@@ -71,7 +71,7 @@ def test_weights_become_a_run(tmp_path: Path) -> None:
 
 
 def test_training_cannot_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original's checkpoint has no optimizer state."""
+    """The checkpoint of the original implementation has no optimizer state."""
     arguments = command(tmp_path / "run", WEIGHTS, "--batch-size", "4")
     assert import_reference.main(arguments) == 0
     monkeypatch.setattr(datasets, "load", made_images)

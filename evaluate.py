@@ -151,7 +151,7 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="last",
         metavar="STEP",
-        help="a step, best or last (default: last)",
+        help="checkpoint to evaluate: a step, best or last (default: last)",
     )
     parser.add_argument(
         "--average",
@@ -199,7 +199,7 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: LVAE_DATA in the environment, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
 
 

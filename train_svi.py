@@ -146,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/...)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in RUN")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing to disk")
+    parser.add_argument("--dry-run", action="store_true", help="train, but write nothing to disk")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )

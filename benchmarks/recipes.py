@@ -135,7 +135,7 @@ def cosine(lr: str, warmup: int = 100, ema: float = 0.99) -> str:
 
 
 RECIPES: dict[str, Recipe] = {
-    "reference": Recipe("", "the original's: Adamax at 3e-4, constant, no average"),
+    "reference": Recipe("", "the reference's: Adamax at a constant 3e-4, no average"),
     "cosine-1e-3": Recipe(cosine("1e-3"), "1e-3, warm-up of 100 steps, cosine, average of 0.99"),
     "cosine-3e-3": Recipe(cosine("3e-3"), "3e-3, warm-up of 100 steps, cosine, average of 0.99"),
     "cosine-1e-2": Recipe(cosine("1e-2"), "1e-2, warm-up of 100 steps, cosine, average of 0.99"),
@@ -159,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
         "1e-2 ... branches initially scaled by 1/sqrt(blocks)",
         adjust=scale_branches,
     ),
-    "deep-3e-4": Recipe(deep("3e-4"), "the original's 3e-4, warm-up of 50 steps"),
+    "deep-3e-4": Recipe(deep("3e-4"), "the reference's 3e-4, warm-up of 50 steps"),
     "deep-3e-3": Recipe(deep("3e-3"), "3e-3, warm-up of 50 steps"),
     "deep-1e-2": Recipe(deep("1e-2"), "1e-2, warm-up of 50 steps"),
 }

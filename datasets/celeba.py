@@ -90,7 +90,7 @@ def _prepared(folder: Path, names: list[str]) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _opener(folder: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """A function that opens an image by name: from the archive, or from the folder without one."""
+    """A function that opens an image by name, from the archive if it exists, else the folder."""
     archive = folder / f"{_IMAGES}.zip"
     if archive.exists():
         require_md5(archive, _file_list()[archive.name][1])

@@ -32,7 +32,7 @@ def write_mapped(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray])
             file.write(chunk)
             digest.update(chunk)
         file.flush()
-        # The record comes first: no array gets its final name without one.
+        # The record comes first, so that an array with its final name always has one.
         write_json(record_path(path), _record(Path(file.name)) | {"sha256": digest.hexdigest()})
 
     write_atomically(path, write)

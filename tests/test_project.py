@@ -108,7 +108,7 @@ def test_no_package_index_is_named(name: str) -> None:
     assert re.findall(r"https?://|--(?:extra-)?index-url|--find-links|(?m:^-[if] )", text) == []
 
 
-# --- The rooms ---
+# --- The order of imports between rooms (packages, and files of the root) ---
 
 # From the top to the bottom; a module imports only from its own room and those below.
 ORDER = [

@@ -302,7 +302,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: LVAE_DATA in the environment, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
     add_run_options(parser)
     arguments = evaluate.parse(parser, argv)

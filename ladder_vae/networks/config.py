@@ -101,7 +101,7 @@ class LadderConfig:
     batchnorm: bool = setting(True, "batch normalisation")
     dropout: float = setting(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = setting(False, "learn the prior of the top layer")
-    initial_downscaling: bool = setting(True, "halve the image at the start of inference")
+    initial_downscaling: bool = setting(True, "halve the image's size before the first layer")
     likelihood: str = setting("bernoulli", "distribution of x given z", choices=tuple(LIKELIHOODS))
 
     def __post_init__(self) -> None:

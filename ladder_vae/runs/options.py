@@ -35,7 +35,7 @@ class RunConfig:
 
     free_bits: float = setting(
         0.0,
-        "KL per layer and image below which it is not penalised, in nats",
+        "free bits: KL of each layer and image, in nats, below which it is not penalised",
         check=NOT_NEGATIVE,
         group="objective",
     )
@@ -160,13 +160,13 @@ class RunConfig:
     )
     checkpoint_minutes: float = setting(
         30.0,
-        "also write a checkpoint after this many minutes; 0 for never",
+        "minutes after which a checkpoint is also due; 0 for never",
         check=NOT_NEGATIVE,
         group="monitoring",
     )
     keep_checkpoints: int = setting(
         3,
-        "number of newest checkpoints to keep, besides the best",
+        "number of newest checkpoints to keep, in addition to the best one",
         check=AT_LEAST_ONE,
         group="monitoring",
     )

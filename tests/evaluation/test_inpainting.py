@@ -139,7 +139,7 @@ class LinearModel(nn.Module):
 
 
 class ExactGuide(GuideMessenger):
-    """q(z | x) = p(z | x), where the image's share in it is one projection on the slopes."""
+    """q(z | x) = p(z | x), which depends on the image only by its projection on the slopes."""
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
         return [(SLOPES * (x - 0.5)).sum((1, 2, 3), keepdim=True) / NOISE**2]

@@ -291,7 +291,7 @@ def test_each_row_has_the_options_of_its_fast_preset(name: str) -> None:
 def test_celeba_is_evaluated_on_validation_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the original does, after training on the training images alone; here on made images."""
+    """As in the original implementation, training uses the training images only."""
     monkeypatch.setattr(datasets, "load", made_images)
     options = words(
         "--zdims 1 1 --downsample 1 1 --nfilters 2 --blocks-per-layer 1 --batch-size 4 --steps 1 "

@@ -57,7 +57,7 @@ def rehearsal(
 ) -> Callable[[Callable[[], list[Tensor]]], list[Recording]]:
     """Lets `StepGraph` run on the CPU; returns the list of what it has recorded.
 
-    To be told which tensors a step changes: what is recorded on a GPU does not happen.
+    It must know which tensors a step changes: while a GPU records a step, they do not change.
     """
 
     def set_up(changed: Callable[[], list[Tensor]]) -> list[Recording]:

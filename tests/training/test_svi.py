@@ -276,7 +276,7 @@ def test_a_snapshot_is_put_back_to_the_bit() -> None:
         expected = changed if good else before
         assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
         if not good:
-            assert [str(t) for t in tensors] == [str(t) for t in before]  # tells -0 from 0
+            assert [str(t) for t in tensors] == [str(t) for t in before]  # distinguishes -0 from 0
         zero_unless(tensors, torch.tensor(False))
         assert not any(tensor.any() for tensor in tensors)
 
@@ -374,7 +374,7 @@ def test_step_means_are_the_means_of_the_steps_terms() -> None:
     assert means.kl == pytest.approx(torch.stack(kls).mean(0).tolist(), rel=1e-5)
     assert means.grad_norm == pytest.approx(sum(norms) / 3, rel=1e-4)
     assert means.negative_elbo == pytest.approx(sum(means.kl) - means.log_likelihood)
-    assert svi.sums.peek() is None  # reading begins anew
+    assert svi.sums.peek() is None  # reading resets the sums
 
 
 def test_sums_go_on_in_another_process() -> None:

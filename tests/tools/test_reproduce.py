@@ -150,7 +150,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     result = run(reproduce.main, "mnist-3", *TINY, "--minutes", 0.5, "--measure", 0.1, "--dry-run")
     assert result.code == 0, result.err
     lines = [line.split()[0] for line in result.out.splitlines()]
-    assert lines == ["measures", "rate", "training", "evaluation"]
+    assert lines == ["measuring", "rate", "training", "evaluation"]
     assert content(tmp_path) == {}
 
 

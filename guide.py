@@ -11,14 +11,18 @@ with one set of dropout masks and batch-norm statistics.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.batches import on_batches
+from ladder_vae.networks.registration import register
 from ladder_vae.networks.blocks import (
     ACTIVATIONS,
     BlockStyle,
@@ -84,7 +88,25 @@ class ConditionalPosterior(nn.Module):
         self.conv = ParameterConv(style.channels, 2 * z_channels)
 
     def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
-        return normal_from(self.conv(self.merge(d, h_above)))
+        return normal_from(self.conv(on_batches(self.merge, d, h_above)))
+
+
+class HideObserved(Messenger):
+    """Hides observed sites inside from traces outside; other handlers outside still see them.
+
+    The guide runs the model's likelihood under itself, but a guide's trace holds latents only.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            msg["is_observed"] = False
+            msg["infer"] |= {"_do_not_trace": True, "is_auxiliary": True, "_hidden": True}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        # Handlers outside come first in this phase, those inside (the guide's own trace) later.
+        if msg["infer"].pop("_hidden", False):
+            msg["is_observed"] = True
+            del msg["infer"]["_do_not_trace"], msg["infer"]["is_auxiliary"]
 
 
 class LadderGuide(GuideMessenger, nn.Module):
@@ -95,8 +117,8 @@ class LadderGuide(GuideMessenger, nn.Module):
     """
 
     if TYPE_CHECKING:  # inherited from GuideMessenger, whose types mypy does not follow
+        model: Callable[..., Tensor]
         upstream_value: Callable[[str], Tensor]
-        get_traces: Callable[[], tuple[Trace, Trace]]
         trace: Trace
 
     def __init__(
@@ -135,12 +157,32 @@ class LadderGuide(GuideMessenger, nn.Module):
         depth = len(self.posteriors) + 1
         if not 0 <= from_prior <= depth:
             raise ValueError(f"from_prior is {from_prior}; it must be from 0 to {depth} layers")
-        self._features = self.bottom_up(x) if features is None else features
+        self._features = on_batches(self.bottom_up, x) if features is None else features
         self._from_prior = from_prior
+        register("guide", self)
         try:
-            return super().__call__(x)
+            with HideObserved():
+                return super().__call__(x)
         finally:
             self._features = ()
+
+    def get_traces(self) -> tuple[Trace, Trace]:
+        """The traces of the model and of the guide in the last call.
+
+        A latent that a handler around the guide has conditioned is observed: p(z_i | z_{>i}) scores
+        it in the model's trace, and the guide's trace does not hold it.
+        """
+        model_trace, guide_trace = super().get_traces()
+        for name, site in model_trace.nodes.items():
+            if site["type"] == "sample" and "prior" in site["infer"]:
+                model_trace.nodes[name] = site | {"fn": site["infer"]["prior"]}
+        return model_trace, guide_trace
+
+    def train(self, mode: bool = True) -> "LadderGuide":
+        """Set training mode of the guide and of its model, whose top-down pass they share."""
+        if isinstance(unwrapped := poutine.unwrap(self.model), nn.Module):
+            unwrapped.train(mode)
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out the trace: a copy starts without one."""

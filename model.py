@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.batches import on_batches
 from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
 from ladder_vae.networks.likelihoods import LIKELIHOODS
+from ladder_vae.networks.registration import register
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:
-    """Normal over feature maps (N, Z, h, w) from its mean and log-variance, (N, 2 Z, h, w)."""
-    mean, log_variance = parameters.chunk(2, dim=1)
+    """Normal over feature maps (*batch, Z, h, w) from mean and log-variance, (*batch, 2 Z, h, w)."""
+    mean, log_variance = parameters.chunk(2, dim=-3)
     return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 
 
@@ -61,7 +63,7 @@ class TopDownLayer(nn.Module):
         self.skip = Merge("residual", style) if skip else None
         self.blocks = residual_blocks(style, blocks, upsample, "up")
 
-    def forward(self, z: Tensor, h_above: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, h_above: Tensor | None = None) -> Tensor:
         h = self.expand(z)
         if self.skip is not None:
             h = self.skip(h, h_above)
@@ -123,17 +125,19 @@ class LadderModel(nn.Module):
     def forward(self, x: Tensor | None = None, n: int = 1) -> Tensor:
         """The generative program: observe `x` (N, C, H, W) in [0, 1], or draw `n` new images.
 
-        Returns x.
+        Under vectorized particles, or plates to the left of `images`, every feature map has their
+        dimensions on the left, and x may have them. Returns x.
         """
+        register("model", self)
         depth = len(self.layers)
-        with pyro.plate("images", n if x is None else len(x), dim=-1) as images:
+        with pyro.plate("images", n if x is None else x.shape[-4], dim=-1) as images:
             # p(z_L)
             z = pyro.sample(f"z_{depth}", self.top_prior(len(images)))
-            h = self.layers[-1](z, None)
+            h = on_batches(self.layers[-1], z)
             for i in range(depth - 1, 0, -1):
                 # p(z_i | z_{>i}), by the feature map h_{i+1} of the layers above
                 h_above = pyro.deterministic(f"h_{i + 1}", h, event_dim=3)
                 z = pyro.sample(f"z_{i}", self.priors[i - 1](h_above))
-                h = self.layers[i - 1](z, h_above)
+                h = on_batches(self.layers[i - 1], z, h_above)
             # p(x | z_1, ..., z_L)
-            return pyro.sample("x", self.likelihood(self.decoder(h)), obs=x)
+            return pyro.sample("x", self.likelihood(on_batches(self.decoder, h)), obs=x)

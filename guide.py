@@ -11,18 +11,20 @@ with one set of dropout masks and batch-norm statistics.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.batches import on_batches
-from ladder_vae.networks.registration import register
 from ladder_vae.networks.blocks import (
     ACTIVATIONS,
     BlockStyle,
@@ -32,6 +34,8 @@ from ladder_vae.networks.blocks import (
     pad_to,
     residual_blocks,
 )
+from ladder_vae.networks.images import check_images
+from ladder_vae.networks.registration import register
 from model import LadderModel, normal_from
 
 
@@ -92,21 +96,20 @@ class ConditionalPosterior(nn.Module):
 
 
 class HideObserved(Messenger):
-    """Hides observed sites inside from traces outside; other handlers outside still see them.
+    """Removes observed sites inside from traces outside.
 
-    The guide runs the model's likelihood under itself, but a guide's trace holds latents only.
+    The guide runs the model under itself, with the likelihood and the image. A guide's trace holds
+    latents only, or it would cancel the model's likelihood in an importance weight.
     """
 
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            msg["is_observed"] = False
-            msg["infer"] |= {"_do_not_trace": True, "is_auxiliary": True, "_hidden": True}
-
     def _pyro_post_sample(self, msg: Any) -> None:
-        # Handlers outside come first in this phase, those inside (the guide's own trace) later.
-        if msg["infer"].pop("_hidden", False):
-            msg["is_observed"] = True
-            del msg["infer"]["_do_not_trace"], msg["infer"]["is_auxiliary"]
+        if msg["is_observed"]:
+            # In this phase handlers outside have already seen the site.
+            for handler in takewhile(lambda handler: handler is not self, _PYRO_STACK):
+                if isinstance(handler, TraceMessenger):
+                    site = handler.trace.nodes.get(msg["name"])
+                    if site is not None and site["value"] is msg["value"]:
+                        handler.trace.remove_node(msg["name"])
 
 
 class LadderGuide(GuideMessenger, nn.Module):
@@ -129,6 +132,8 @@ class LadderGuide(GuideMessenger, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         GuideMessenger.__init__(self, model)
+        self.image_shape = image_shape
+        self.likelihood_name = config.likelihood
         style = config.block_style()
         self.bottom_up = BottomUp(style, config, image_shape)
         self.top_posterior = TopPosterior(config.n_filters, config.z_dims[-1])
@@ -152,8 +157,11 @@ class LadderGuide(GuideMessenger, nn.Module):
                 know what they don't know", in which the KL of these layers is zero.
 
         Raises:
-            ValueError: the ladder has fewer than `from_prior` layers.
+            TypeError, ValueError: x does not suit the ladder, or it has fewer than `from_prior`
+                layers.
         """
+        device = self.top_posterior.conv.weight.device
+        check_images(x, self.image_shape, device, likelihood=self.likelihood_name)
         depth = len(self.posteriors) + 1
         if not 0 <= from_prior <= depth:
             raise ValueError(f"from_prior is {from_prior}; it must be from 0 to {depth} layers")

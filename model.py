@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.batches import on_batches
 from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks.images import check_images
 from ladder_vae.networks.likelihoods import LIKELIHOODS
 from ladder_vae.networks.registration import register
 
@@ -100,6 +101,8 @@ class LadderModel(nn.Module):
 
     def __init__(self, config: LadderConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
+        self.image_shape = image_shape
+        self.likelihood_name = config.likelihood
         image_channels, *image_size = image_shape
         sizes = config.latent_sizes((image_size[0], image_size[1]))
         style = config.block_style()
@@ -128,6 +131,9 @@ class LadderModel(nn.Module):
         Under vectorized particles, or plates to the left of `images`, every feature map has their
         dimensions on the left, and x may have them. Returns x.
         """
+        if x is not None:
+            device = self.top_prior.mean_log_variance.device
+            check_images(x, self.image_shape, device, likelihood=self.likelihood_name)
         register("model", self)
         depth = len(self.layers)
         with pyro.plate("images", n if x is None else x.shape[-4], dim=-1) as images:

@@ -29,7 +29,7 @@ _PLATES = 1
 
 
 class Terms(NamedTuple):
-    """The terms of the ELBO, per image, in nats; several particles come first: (K, N), (K, N, L)."""
+    """The terms of the ELBO per image, in nats; with K particles, (K, N) and (K, N, L)."""
 
     log_likelihood: Tensor  # (N,)
     kl: Tensor  # (N, L), layers bottom to top

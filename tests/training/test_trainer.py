@@ -114,7 +114,7 @@ def test_the_kl_weight_is_annealed() -> None:
 
 @pytest.mark.parametrize("objective", ["elbo", "iwae"])
 def test_training_with_particles(objective: str) -> None:
-    """The objective reaches the step, and the loss falls; a log entry is the mean over particles."""
+    """The objective reaches the step, and the loss falls; log entries average over particles."""
     options = words(f"--objective {objective} --particles 3 --freebits 0 --beta-anneal 0 --lr 1e-2")
     trainer = prepared(*options)
     assert type(trainer.svi.elbo) is (

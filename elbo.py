@@ -6,8 +6,8 @@ Per image, in nats, with KL_i the divergence between posterior and prior of laye
     objective = log p(x | z) - kl_weight * sum_i max(KL_i, free_bits)    (maximised)
 
 KL_i is the one-sample estimate log q(z_i) - log p(z_i), or with `analytic_kl` the closed form given
-z_{>i}. Free bits (Kingma et al., 2016) set a floor for the KL of each layer and image: a KL below it
-has no gradient, so training does not reduce it further.
+z_{>i}. Free bits (Kingma et al., 2016) set a floor for the KL of each layer and image: a KL below
+it has no gradient, so training does not reduce it further.
 """
 
 import math

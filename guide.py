@@ -11,15 +11,11 @@ with one set of dropout masks and batch-norm statistics.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -34,8 +30,8 @@ from ladder_vae.networks.blocks import (
     pad_to,
     residual_blocks,
 )
+from ladder_vae.networks.handlers import HideObserved, register
 from ladder_vae.networks.images import check_images
-from ladder_vae.networks.registration import register
 from model import LadderModel, normal_from
 
 
@@ -93,23 +89,6 @@ class ConditionalPosterior(nn.Module):
 
     def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
         return normal_from(self.conv(on_batches(self.merge, d, h_above)))
-
-
-class HideObserved(Messenger):
-    """Removes observed sites inside from traces outside.
-
-    The guide runs the model under itself, with the likelihood and the image. A guide's trace holds
-    latents only, or it would cancel the model's likelihood in an importance weight.
-    """
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["is_observed"]:
-            # In this phase handlers outside have already seen the site.
-            for handler in takewhile(lambda handler: handler is not self, _PYRO_STACK):
-                if isinstance(handler, TraceMessenger):
-                    site = handler.trace.nodes.get(msg["name"])
-                    if site is not None and site["value"] is msg["value"]:
-                        handler.trace.remove_node(msg["name"])
 
 
 class LadderGuide(GuideMessenger, nn.Module):

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.batches import on_batches
 from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks.handlers import register
 from ladder_vae.networks.images import check_images
 from ladder_vae.networks.likelihoods import LIKELIHOODS
-from ladder_vae.networks.registration import register
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:

@@ -1,7 +1,11 @@
-"""Registration of a network's parameters with Pyro."""
+"""What model and guide show to Pyro: their parameters, and the latents of the guide alone."""
+
+from itertools import takewhile
+from typing import Any
 
 import pyro
 from pyro.params import param_with_module_name
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
@@ -23,3 +27,20 @@ def register(name: str, module: nn.Module) -> None:
             if full_name in store and store[full_name] is not parameter:
                 del store[full_name]
             pyro.param(full_name, parameter)
+
+
+class HideObserved(Messenger):
+    """Removes observed sites inside from traces outside.
+
+    The guide runs the model under itself, with the likelihood and the image. A guide's trace holds
+    latents only, or it would cancel the model's likelihood in an importance weight.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            # In this phase handlers outside have already seen the site.
+            for handler in takewhile(lambda handler: handler is not self, _PYRO_STACK):
+                if isinstance(handler, TraceMessenger):
+                    site = handler.trace.nodes.get(msg["name"])
+                    if site is not None and site["value"] is msg["value"]:
+                        handler.trace.remove_node(msg["name"])

@@ -14,11 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
+from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.batches import on_batches
 from ladder_vae.networks.blocks import (
     ACTIVATIONS,
     BlockStyle,
@@ -28,6 +30,8 @@ from ladder_vae.networks.blocks import (
     pad_to,
     residual_blocks,
 )
+from ladder_vae.networks.handlers import HideObserved, register
+from ladder_vae.networks.images import check_images
 from model import LadderModel, normal_from
 
 
@@ -84,7 +88,7 @@ class ConditionalPosterior(nn.Module):
         self.conv = ParameterConv(style.channels, 2 * z_channels)
 
     def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
-        return normal_from(self.conv(self.merge(d, h_above)))
+        return normal_from(self.conv(on_batches(self.merge, d, h_above)))
 
 
 class LadderGuide(GuideMessenger, nn.Module):
@@ -95,8 +99,8 @@ class LadderGuide(GuideMessenger, nn.Module):
     """
 
     if TYPE_CHECKING:  # inherited from GuideMessenger, whose types mypy does not follow
+        model: Callable[..., Tensor]
         upstream_value: Callable[[str], Tensor]
-        get_traces: Callable[[], tuple[Trace, Trace]]
         trace: Trace
 
     def __init__(
@@ -107,6 +111,8 @@ class LadderGuide(GuideMessenger, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         GuideMessenger.__init__(self, model)
+        self.image_shape = image_shape
+        self.likelihood_name = config.likelihood
         style = config.block_style()
         self.bottom_up = BottomUp(style, config, image_shape)
         self.top_posterior = TopPosterior(config.n_filters, config.z_dims[-1])
@@ -130,17 +136,40 @@ class LadderGuide(GuideMessenger, nn.Module):
                 what they don't know", in which the KL of these layers is zero.
 
         Raises:
-            ValueError: `from_prior` is negative or above the number of layers.
+            TypeError, ValueError: x does not suit the ladder, or `from_prior` is negative or above
+                the number of layers.
         """
+        device = self.top_posterior.conv.weight.device
+        check_images(x, self.image_shape, device, likelihood=self.likelihood_name)
         depth = len(self.posteriors) + 1
         if not 0 <= from_prior <= depth:
             raise ValueError(f"from_prior is {from_prior}; it must be from 0 to {depth} layers")
-        self._features = self.bottom_up(x) if features is None else features
+        self._features = on_batches(self.bottom_up, x) if features is None else features
         self._from_prior = from_prior
+        register("guide", self)
         try:
-            return super().__call__(x)
+            with HideObserved():
+                return super().__call__(x)
         finally:
             self._features = ()
+
+    def get_traces(self) -> tuple[Trace, Trace]:
+        """The traces of the model and of the guide in the last call.
+
+        A latent that a handler around the guide has conditioned is observed: p(z_i | z_{>i}) scores
+        it in the model's trace, and the guide's trace does not hold it.
+        """
+        model_trace, guide_trace = super().get_traces()
+        for name, site in model_trace.nodes.items():
+            if site["type"] == "sample" and "prior" in site["infer"]:
+                model_trace.nodes[name] = site | {"fn": site["infer"]["prior"]}
+        return model_trace, guide_trace
+
+    def train(self, mode: bool = True) -> "LadderGuide":
+        """Set training mode of the guide and of its model, whose top-down pass they share."""
+        if isinstance(unwrapped := poutine.unwrap(self.model), nn.Module):
+            unwrapped.train(mode)
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
         """The attributes without the last trace: a copy or a pickle starts without one."""

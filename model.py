@@ -11,19 +11,24 @@ ladder differs from that of Sønderby et al. in its skip connections and convolu
 in using free bits, with or without an annealed KL (see `elbo.py`).
 """
 
+from collections.abc import Sequence
+
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
+from ladder_vae.networks.batches import on_batches
 from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks.handlers import register
+from ladder_vae.networks.images import check_images
 from ladder_vae.networks.likelihoods import LIKELIHOODS
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:
-    """Normal over feature maps (N, Z, h, w) from its mean and log-variance, (N, 2 Z, h, w)."""
-    mean, log_variance = parameters.chunk(2, dim=1)
+    """Normal over feature maps (*batch, Z, h, w), from parameters (*batch, 2 Z, h, w)."""
+    mean, log_variance = parameters.chunk(2, dim=-3)
     return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 
 
@@ -36,8 +41,8 @@ class TopPrior(nn.Module):
             torch.zeros(1, 2 * z_channels, *size), requires_grad=learned
         )
 
-    def forward(self, n: int) -> dist.TorchDistribution:
-        return normal_from(self.mean_log_variance.expand(n, -1, -1, -1))
+    def forward(self, batch: Sequence[int]) -> dist.TorchDistribution:
+        return normal_from(self.mean_log_variance.expand(*batch, -1, -1, -1))
 
 
 class ConditionalPrior(nn.Module):
@@ -62,7 +67,7 @@ class TopDownLayer(nn.Module):
         self.skip = Merge("residual", style) if skip else None
         self.blocks = residual_blocks(style, blocks, upsample, "up")
 
-    def forward(self, z: Tensor, h_above: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, h_above: Tensor | None = None) -> Tensor:
         h = self.expand(z)
         if self.skip is not None:
             h = self.skip(h, h_above)
@@ -99,6 +104,8 @@ class LadderModel(nn.Module):
 
     def __init__(self, config: LadderConfig, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
+        self.image_shape = image_shape
+        self.likelihood_name = config.likelihood
         image_channels, *image_size = image_shape
         sizes = config.latent_sizes((image_size[0], image_size[1]))
         style = config.block_style()
@@ -124,17 +131,23 @@ class LadderModel(nn.Module):
     def forward(self, x: Tensor | None = None, n: int = 1) -> Tensor:
         """The generative program: observe `x` (N, C, H, W) in [0, 1], or draw `n` new images.
 
-        Returns x.
+        Under vectorized particles, or plates to the left of `images`, every feature map has their
+        dimensions on the left, and x may have them. Returns x.
         """
+        if x is not None:
+            device = self.top_prior.mean_log_variance.device
+            check_images(x, self.image_shape, device, likelihood=self.likelihood_name)
+        register("model", self)
         depth = len(self.layers)
-        with pyro.plate("images", n if x is None else len(x), dim=-1) as images:
+        batch = (n,) if x is None else x.shape[:-3]
+        with pyro.plate("images", batch[-1], dim=-1):
             # p(z_L)
-            z = pyro.sample(f"z_{depth}", self.top_prior(len(images)))
-            h = self.layers[-1](z, None)
+            z = pyro.sample(f"z_{depth}", self.top_prior(batch))
+            h = on_batches(self.layers[-1], z)
             for i in range(depth - 1, 0, -1):
                 # p(z_i | z_{>i}), from the feature map h_{i+1} of the layer above
                 h_above = pyro.deterministic(f"h_{i + 1}", h, event_dim=3)
                 z = pyro.sample(f"z_{i}", self.priors[i - 1](h_above))
-                h = self.layers[i - 1](z, h_above)
+                h = on_batches(self.layers[i - 1], z, h_above)
             # p(x | z_1, ..., z_L)
-            return pyro.sample("x", self.likelihood(self.decoder(h)), obs=x)
+            return pyro.sample("x", self.likelihood(on_batches(self.decoder, h)), obs=x)

@@ -24,7 +24,7 @@ import pyro
 import torch
 
 import datasets
-from elbo import FreeBitsELBO
+from elbo import FreeBitsELBO, ImportanceWeightedELBO
 from guide import build_ladder
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.runs.command_line import (
@@ -62,11 +62,24 @@ def build_trainer(
             for split in (config.train_split, config.held_out_split)
         ]
     )
-    elbo = FreeBitsELBO(config.free_bits, analytic_kl=config.analytical_kl)
     torch.manual_seed(config.seed)
     with as_user_errors():
         model, guide = build_ladder(config.ladder, images.shape)
-        return Trainer(config, elbo(model, guide), images, held_out, device, ranks)
+        return Trainer(
+            config, build_objective(config)(model, guide), images, held_out, device, ranks
+        )
+
+
+def build_objective(config: RunConfig) -> FreeBitsELBO:
+    """The training objective."""
+    if config.objective == "iwae":
+        return ImportanceWeightedELBO(config.particles)
+    return FreeBitsELBO(
+        config.free_bits,
+        analytic_kl=config.analytical_kl,
+        num_particles=config.particles,
+        vectorize_particles=config.particles > 1,
+    )
 
 
 def begin(

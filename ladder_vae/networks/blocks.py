@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.amp import is_autocast_available
 from torch.nn import functional as F
 
+from ladder_vae.networks.batches import on_batches
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leakyrelu": nn.LeakyReLU,  # slope 0.01
@@ -130,11 +132,11 @@ class ParameterConv(nn.Conv2d):
         super().__init__(channels, parameter_channels, 3, padding=1)
 
     def forward(self, h: Tensor) -> Tensor:
-        """From h (N, C, h, w) to parameters (N, `parameter_channels`, h, w)."""
+        """From h (*batch, C, h, w) to parameters (*batch, `parameter_channels`, h, w)."""
         if not is_autocast_available(h.device.type):
-            return super().forward(h)
+            return on_batches(super().forward, h)
         with torch.autocast(h.device.type, enabled=False):
-            return super().forward(h.to(self.weight.dtype))
+            return on_batches(super().forward, h.to(self.weight.dtype))
 
 
 def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -40,7 +40,7 @@ class Gaussian(_Head):
         super().__init__(channels, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        mean, log_variance = self.conv(h).chunk(2, dim=1)
+        mean, log_variance = self.conv(h).chunk(2, dim=-3)
         return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 
 
@@ -55,7 +55,7 @@ class DiscretizedLogisticHead(_Head):
         super().__init__(channels, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        loc, log_scale = self.conv(h).chunk(2, dim=1)
+        loc, log_scale = self.conv(h).chunk(2, dim=-3)
         log_scale = (log_scale - 1).clamp(min=MIN_LOG_SCALE)
         return DiscretizedLogistic(loc + 0.5, log_scale).to_event(3)
 

@@ -33,6 +33,18 @@ class RunConfig:
         group="data",
     )
 
+    objective: str = setting(
+        "elbo",
+        "elbo, or iwae: the importance-weighted bound with --particles samples",
+        choices=("elbo", "iwae"),
+        group="objective",
+    )
+    particles: int = setting(
+        1,
+        "samples of the latents per image and training step",
+        check=AT_LEAST_ONE,
+        group="objective",
+    )
     free_bits: float = setting(
         0.0,
         "free bits: KL of each layer and image, in nats, below which it is not penalised",
@@ -185,6 +197,14 @@ class RunConfig:
             raise ValueError(
                 "`sync_bn` has no effect if `batchnorm` is off; switch off `sync_bn`, too"
             )
+        if self.objective == "iwae":
+            if self.particles < 2:
+                raise ValueError(f"`particles` is {self.particles}; iwae needs at least 2")
+            for name in ("free_bits", "beta_anneal", "analytical_kl"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"`{name}` has no effect with iwae, whose bound has no KL term"
+                    )
         if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
             raise ValueError(
                 "`lr_decay` needs the run's length: give `steps`, `epochs` or `max_minutes`"

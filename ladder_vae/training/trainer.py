@@ -72,7 +72,9 @@ class Trainer:
         self.length = Length.of(config, self.batches.steps_per_epoch)
         check_batch_statistics(config, images.shape, ranks)
 
-        self.execution = Execution.choose(config.precision, config.compile, device)
+        # The gradient of iwae goes through the networks several times, which compiled ones forbid.
+        compile = "no" if config.objective == "iwae" else config.compile
+        self.execution = Execution.choose(config.precision, compile, device)
         self.loss_fn = loss_fn.to(device)
         self.execution.lay_out(self.loss_fn)
         if config.sync_bn:

@@ -299,7 +299,9 @@ class ExactGuide(LadderGuide):
 def exact() -> Solved:
     torch.manual_seed(4)
     solved = linear_ladder([1, 1], (3, 1, 1), 150, gain=5)
-    config = LadderConfig(z_dims=[1, 1], downsample=[0, 0], n_filters=3, blocks_per_layer=1)
+    config = LadderConfig(
+        z_dims=[1, 1], downsample=[0, 0], n_filters=3, blocks_per_layer=1, likelihood="gaussian"
+    )
     guide = ExactGuide(solved.model, config, joint_normal(solved.model)).eval()
     return solved._replace(guide=guide)
 
@@ -344,7 +346,7 @@ def prior_of(solved: Solved, z_2: Tensor | None) -> tuple[Tensor, Tensor]:
     double = copy.deepcopy(solved.model).double()
     with torch.no_grad():
         if z_2 is None:
-            prior = double.top_prior(1)
+            prior = double.top_prior((1,))
         else:
             prior = double.priors[0](double.layers[1](z_2[:, :, None, None], None))
     normal = prior.base_dist

@@ -47,10 +47,10 @@ def test_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_in_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak grows with the batch."""
     monkeypatch.setattr(memory, "RESULT", tmp_path / "memory.json")
-    assert memory.main(["--presets", "digits", "--batch-size", "64"]) == 0
+    assert memory.main(["--presets", "digits", "--batch-size", "1024"]) == 0
     found = json.loads((tmp_path / "memory.json").read_text())["figures"]["digits"]
     for peaks in found.values():
-        assert peaks["peak_bytes"]["64"] > peaks["peak_bytes"]["2"]
+        assert peaks["peak_bytes"]["1024"] > peaks["peak_bytes"]["2"]
 
 
 def fail_on_one(number: int) -> None:

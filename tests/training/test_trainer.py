@@ -10,11 +10,12 @@ from torch import nn
 from torch.testing import assert_close
 
 import train_svi
+from elbo import FreeBitsELBO, ImportanceWeightedELBO
 from ladder_vae.networks.blocks import Merge, ResidualBlock
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.run import Run
 from ladder_vae.training.trainer import Trainer
-from tests.commands import run, words
+from tests.commands import refusal, run, words
 from tests.tiny_runs import LADDER, train, training_entries
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -109,6 +110,35 @@ def test_the_kl_weight_is_annealed() -> None:
     for entry, weight in zip(logged, weights, strict=True):
         expected = entry["train/reconstruction"] + weight * entry["train/kl"]
         assert entry["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_training_with_particles(objective: str) -> None:
+    """The objective reaches the step, and the loss falls; log entries average over particles."""
+    options = words(f"--objective {objective} --particles 3 --freebits 0 --beta-anneal 0 --lr 1e-2")
+    trainer = prepared(*options)
+    assert type(trainer.svi.elbo) is (
+        ImportanceWeightedELBO if objective == "iwae" else FreeBitsELBO
+    )
+    assert trainer.svi.elbo.num_particles == 3
+    more = words("--steps 40 --tr-log-interv 10 --ts-log-interv 0 --ll-interv 0 --lr-warmup 0")
+    assert train(*LADDER, *options, *more, "--out", "run") == 0
+    logged = training_entries("run")
+    assert logged[-1]["train/loss"] < 0.9 * logged[0]["train/loss"]
+    for entry in logged:
+        negative_elbo = entry["train/reconstruction"] + entry["train/kl"]
+        if objective == "elbo":
+            assert entry["train/loss"] == pytest.approx(negative_elbo, rel=1e-5)
+        else:  # a tighter bound
+            assert entry["train/loss"] < negative_elbo
+
+
+def test_options_that_iwae_ignores_are_refused() -> None:
+    """The preset's free bits too: its objective has no KL term."""
+    iwae = [*LADDER, "--steps", "1", "--dry-run", *words("--objective iwae --beta-anneal 0")]
+    assert "--particles is 1; iwae needs at least 2" in refusal(train_svi.main, *iwae)
+    line = refusal(train_svi.main, *iwae, *words("--particles 2"))
+    assert "--freebits has no effect with iwae, whose bound has no KL term" in line
 
 
 def test_free_bits_only_increase_the_loss() -> None:

@@ -20,10 +20,10 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
 
         w <- w std / s,  b <- (b - m) std / s,  with m and s^2 the batch's mean and variance + 1e-5,
 
-    so that its output has mean 0 and standard deviation `std`; later layers receive this output.
-    The variance is that of a sample: n values per channel, over images and positions, divide by
-    n - 1. A single value, n = 1, has variance 0.
-    Run exactly one batch in the context, in training mode. No gradients are recorded.
+    so that its output has mean 0 and standard deviation `std`. Later layers receive the rescaled
+    output. The variance is that of a sample: with n values per channel, over images and positions,
+    it divides by n - 1; for n = 1 it is 0. Run exactly one batch in the context, in training mode.
+    No gradients are recorded.
     """
     convolutions = [
         m

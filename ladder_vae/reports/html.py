@@ -160,7 +160,7 @@ def _evaluation_images(folder: Path, layers: int) -> list[Image]:
             folded=picture.folded,
         )
         for picture in ladder_pictures(layers)
-        if (file := folder / picture.file).is_file()
+        for file in sorted(folder.glob(picture.file))
     ]
 
 

@@ -74,9 +74,11 @@ def evaluate(
         images, index, curve, folder, batch_size=size, seed=seed, ranks=ranks, check=check
     )
     blocks = Blocks.of(size, samples[-1])
-    results = metrics(bounds, samples, images.shape) | {
+    likelihood = ladder.run.config.ladder.likelihood
+    results = metrics(bounds, samples, images.shape, likelihood) | {
         "dataset": images.name,
         "split": images.split,
+        "levels": images.levels,
         "seed": seed,
         "limit": limit,
         "batch_size": size,

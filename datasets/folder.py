@@ -6,10 +6,11 @@ message names the file.
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -82,9 +83,11 @@ def read_picture(path: Path) -> np.ndarray:
         UserError: the file is damaged or no image, or has several frames, transparent pixels, or
             pixels that are neither 8-bit grey nor RGB.
     """
-    image, frames = _decoded(path)
+    image, frames, is_deep = _decoded(path)
     if frames > 1:
         raise UserError(f"{path} holds {frames} frames: save one of them as a file")
+    if is_deep:
+        raise UserError(f"{path} has more than 8 bits per channel: save it as 8-bit grey or RGB")
     if image.mode not in _GREY | _COLOUR:
         raise UserError(
             f"{path} has pixels of Pillow's mode {image.mode}: save it as 8-bit grey or RGB"
@@ -98,8 +101,11 @@ def read_picture(path: Path) -> np.ndarray:
     return levels.reshape(*levels.shape[:2], -1)
 
 
-def _decoded(path: Path) -> tuple["Image.Image", int]:
-    """The first frame of an image file, and the number of frames."""
+def _decoded(path: Path) -> tuple["Image.Image", int, bool]:
+    """The first frame of an image file, the number of frames, and whether the file is deep.
+
+    A deep file has more than 8 bits per channel, which Pillow drops if there are several channels.
+    """
     from PIL import Image, ImageOps
 
     with reading(path):
@@ -109,7 +115,9 @@ def _decoded(path: Path) -> tuple["Image.Image", int]:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(content, formats=_FORMATS)
             frames = getattr(image, "n_frames", 1)
-            return ImageOps.exif_transpose(image), frames  # a copy, completely decoded
+            is_deep = _is_deep(image)  # before decoding forgets it
+            # A copy, completely decoded.
+            return ImageOps.exif_transpose(image), frames, is_deep
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: give a smaller image"
@@ -119,6 +127,14 @@ def _decoded(path: Path) -> tuple["Image.Image", int]:
             f"{path} is damaged or no image: replace it by a complete PNG, JPEG, BMP, GIF, WebP or "
             "TIFF file, or remove it"
         ) from None
+
+
+def _is_deep(image: Any) -> bool:
+    if image.format == "TIFF":
+        bits_per_sample = 258
+        return max(image.tag_v2.get(bits_per_sample, (1,))) > 8
+    # Such as RGB;16B in PNG. BMP's BGR;16 is a pixel of 16 bits.
+    return any(re.search(r";16[BLN]", str(tile.args)) for tile in image.tile)
 
 
 def _fitting(levels: np.ndarray, path: Path, shape: Shape) -> np.ndarray:

@@ -19,9 +19,11 @@ class ImageSet(ABC):
         split: the split's name.
         shape: (C, H, W) of one image.
         is_noisy: whether pixels are drawn again each time an image is read.
+        levels: the number of values that a pixel can have, 2 or 256.
     """
 
     is_noisy = False
+    levels: int
 
     def __init__(self, name: str, split: str, shape: Shape, stored: Tensor) -> None:
         self.name = name
@@ -64,6 +66,8 @@ class PackedImages(ImageSet):
     order: the first pixel is the highest bit.
     """
 
+    levels = 2
+
     @classmethod
     def pack(cls, name: str, split: str, images: np.ndarray) -> Self:
         """Pack `images` (N, C, H, W), in which nonzero pixels are on."""
@@ -89,6 +93,7 @@ class DynamicallyBinarizedImages(ImageSet):
     """
 
     is_noisy = True
+    levels = 2
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return torch.bernoulli(self._stored[index].float() / 255, generator=generator)
@@ -99,6 +104,8 @@ class ColourImages(ImageSet):
 
     `stored` is uint8 (N, H, W, C), the layout of image files.
     """
+
+    levels = 256
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return _unit_levels(self._stored[index])

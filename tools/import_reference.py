@@ -46,6 +46,8 @@ _NAMES = {
 }
 _ADVICE = "give the options that it was trained with"
 _PREFIX = "state/"  # of the weights' names in an .npz file
+# DataParallel and torch.compile put these before the names of a module that they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(module\.|_orig_mod\.)+")
 
 
 def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
@@ -178,7 +180,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     values = content.values() if isinstance(content, dict) else ()
     if not values or not all(isinstance(value, Tensor) for value in values):
         raise UserError(f"{path} does not hold the reference's weights: it is not a state dict")
-    return content
+    return _unwrapped(path, content)
+
+
+def _unwrapped(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by their names in the network itself, without those of wrappers around it."""
+    names = {name: _WRAPPERS.sub("", name) for name in weights}
+    if len(set(names.values())) < len(names):
+        raise UserError(
+            f"{path} holds some weights twice, with and without the prefix of a wrapper such as "
+            "DataParallel: save one state dict"
+        )
+    return {names[name]: weight for name, weight in weights.items()}
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:

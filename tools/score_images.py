@@ -5,13 +5,17 @@
     torchrun --nproc-per-node 8 -m tools.score_images RUN static_mnist --against my/pictures
 
 IMAGES is a data set or a folder of image files. Writes scores-NAME.csv and, with --against,
-auroc.json and roc.png into RUN/eval/STEP/. The same command resumes an interrupted scoring.
+auroc-NAME-NAME.json and roc-NAME-NAME.png into RUN/eval/STEP/. NAME is the data set, or the
+folder's name and a checksum of its path. The same command resumes an interrupted scoring.
 """
 
 import argparse
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyro
@@ -83,11 +87,29 @@ def choose_prior_layers(given: Sequence[int] | None, depth: int) -> list[int]:
     return list(given)
 
 
+class Given(NamedTuple):
+    """A set of images, and what it is called."""
+
+    images: ImageSet
+    files: Sequence[str] | None  # names of a folder's files
+    source: str  # on the command line
+    label: str  # in names of files
+
+
+def label_of(source: str) -> str:
+    """The part of a file's name that stands for a data set or a folder; no two share one."""
+    if source in datasets.NAMES:
+        return source
+    path = Path(source).expanduser().resolve()
+    checksum = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    return f"{path.name[:24]}-{checksum}"  # short enough for the name of a file with two of them
+
+
 @dataclass(frozen=True)
 class Scores:
     """The bounds of one set of images."""
 
-    images: ImageSet
+    given: Given
     labels: Sequence[str] | Sequence[int]  # file names, or numbers in the split
     columns: Mapping[str, np.ndarray]  # from `bound_columns`
     progress: Sequence[ProgressFile]  # to remove when the scores are saved
@@ -95,8 +117,7 @@ class Scores:
 
 def score_set(
     ladder: Ladder,
-    images: ImageSet,
-    files: Sequence[str] | None,
+    given: Given,
     folder: Path,
     *,
     samples: Sequence[int],
@@ -107,6 +128,7 @@ def score_set(
     ranks: Ranks,
 ) -> Scores:
     """The bounds of a set: in full, and for each k in `layers` with k layers from their priors."""
+    images, files = given.images, given.files
     index = choose_images(images, limit, seed)
     scored = {
         k: ladder.score(
@@ -124,52 +146,56 @@ def score_set(
     bounds = {k: bounds for k, (bounds, _) in scored.items()}
     columns = bound_columns(bounds.pop(0), bounds)
     labels = index.tolist() if files is None else [files[i] for i in index.tolist()]
-    return Scores(images, labels, columns, [progress for _, progress in scored.values()])
+    return Scores(given, labels, columns, [progress for _, progress in scored.values()])
 
 
 def print_scores(scores: Scores, path: Path) -> None:
-    print(f"{scores.images.name}, {len(scores.labels):,} {scores.images.split} images: {path}")
+    images = scores.given.images
+    print(f"{images.name}, {len(scores.labels):,} {images.split} images: {path}")
     for name, values in scores.columns.items():
         print(f"  {name:<24}{values.mean():>12.2f} nats (mean)")
 
 
 def separate(
-    inliers: Scores, outliers: Scores, samples: int, folder: Path
+    inliers: Scores, outliers: Scores, samples: int, path: Path
 ) -> tuple[str, dict[str, Roc]]:
     """Draw how well each score separates two sets; returns a title and the curves by score."""
     inlying, outlying = (outlier_scores(scores.columns) for scores in (inliers, outliers))
     curves = {name: roc(inlying[name], outlying[name]) for name in inlying}
-    title = f"Separating {outliers.images.name} from {inliers.images.name}"
+    names = [scores.given.images.name for scores in (outliers, inliers)]
+    if names[0] == names[1]:
+        names = [scores.given.source for scores in (outliers, inliers)]
+    title = f"Separating {names[0]} from {names[1]}"
     drawn = [f"bound_{samples}", *(name for name in curves if is_ratio(name))]
     points = {
         name: (curve.false_positive_rate, curve.true_positive_rate, curve.auroc)
         for name, curve in curves.items()
         if name in drawn
     }
-    draw_roc(folder / "roc.png", points, title=title)
+    draw_roc(path, points, title=title)
     return title, curves
 
 
-def print_curves(title: str, curves: Mapping[str, Roc], folder: Path) -> None:
+def print_curves(title: str, curves: Mapping[str, Roc], paths: Sequence[Path]) -> None:
     print(f"{title}: AUROC")
     for name, curve in curves.items():
         error = "" if curve.standard_error is None else f" ± {curve.standard_error:.4f}"
         print(f"  {name:<24}{curve.auroc:>12.4f}{error}")
-    print(f"metrics   {folder / 'auroc.json'}, {folder / 'roc.png'}")
+    print(f"metrics   {', '.join(map(str, paths))}")
 
 
-def load_sets(
-    ladder: Ladder, names: Sequence[str], split: str, data_dir: Path
-) -> list[tuple[ImageSet, Sequence[str] | None]]:
-    """The images of each data set or folder, with the names of a folder's files."""
-    sets: list[tuple[ImageSet, Sequence[str] | None]] = [
-        (ladder.images(split, data_dir, name), None)
-        if name in datasets.NAMES
-        else ladder.images_in(Path(name))
-        for name in names
-    ]
-    if len({images.name for images, _ in sets}) < len(sets):
-        raise UserError(f"both sets are called {sets[0][0].name}; give another to --against")
+def load_sets(ladder: Ladder, names: Sequence[str], split: str, data_dir: Path) -> list[Given]:
+    """The images of each data set or folder; raises `UserError` if both are the same."""
+    labels = [label_of(name) for name in names]
+    if len(set(labels)) < len(labels):
+        raise UserError(f"both sets are {names[0]}; give another to --against")
+    sets = []
+    for name, label in zip(names, labels, strict=True):
+        if name in datasets.NAMES:
+            images, files = ladder.images(split, data_dir, name), None
+        else:
+            images, files = ladder.images_in(Path(name))
+        sets.append(Given(images, files, name, label))
     return sets
 
 
@@ -186,8 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = [
             score_set(
                 ladder,
-                images,
-                files,
+                given,
                 folder,
                 samples=arguments.samples,
                 layers=layers,
@@ -196,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 limit=arguments.limit,
                 ranks=ranks,
             )
-            for images, files in load_sets(ladder, names, arguments.split, arguments.data_dir)
+            for given in load_sets(ladder, names, arguments.split, arguments.data_dir)
         ]
         if ranks.is_first:
             save(ladder, found, folder, arguments, batch_size)
@@ -212,14 +237,16 @@ def save(
 ) -> None:
     """Write and print all scores, and remove the progress files."""
     for scores in found:
-        path = folder / f"scores-{scores.images.name}.csv"
+        path = folder / f"scores-{scores.given.label}.csv"
         write_scores(path, scores.labels, scores.columns)
         print_scores(scores, path)
     if len(found) == 2:
-        title, curves = separate(found[0], found[1], arguments.samples[-1], folder)
+        pair = "-".join(scores.given.label for scores in found)
+        paths = [folder / f"auroc-{pair}.json", folder / f"roc-{pair}.png"]
+        title, curves = separate(found[0], found[1], arguments.samples[-1], paths[1])
         results = {
-            "inliers": found[0].images.name,
-            "outliers": found[1].images.name,
+            "inliers": found[0].given.source,
+            "outliers": found[1].given.source,
             "split": arguments.split,
             "auroc": {name: curve.auroc for name, curve in curves.items()},
             "standard_error": {name: curve.standard_error for name, curve in curves.items()},
@@ -228,9 +255,9 @@ def save(
             "batch_size": batch_size,
             **ladder.origin(),
         }
-        write_json(folder / "auroc.json", results)
+        write_json(paths[0], results)
         update_evaluation_report(folder, ladder.run)
-        print_curves(title, curves, folder)
+        print_curves(title, curves, paths)
     for progress in (progress for scores in found for progress in scores.progress):
         progress.remove()
 

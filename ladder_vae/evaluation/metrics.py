@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ladder_vae.evaluation.importance import Bounds
 from ladder_vae.evaluation.pareto import UNRELIABLE
+from ladder_vae.networks.likelihoods import DENSITY, LIKELIHOODS
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomically
 
@@ -29,11 +30,14 @@ class Metrics:
     elbo: float | None
     iw: dict[str, float | None]
     standard_error: dict[str, float | None]
-    bits_per_dim: dict[str, float | None]
+    bits_per_dim: dict[str, float | None]  # empty for a density
     kl_per_layer: list[float | None]  # bottom to top
     n_images: int
     dataset: str
     split: str
+    levels: int | None  # of a pixel: 2 for binary images, 256 for 8-bit ones
+    likelihood: str  # "" if the file does not say, and its kind too
+    likelihood_kind: str
     limit: int | None  # None for the whole split, 0 if the file does not say
     step: int
     weights: str
@@ -64,6 +68,9 @@ class Metrics:
             n_images=int(content["n_images"]),
             dataset=str(content["dataset"]),
             split=str(content["split"]),
+            levels=_int(content.get("levels")),
+            likelihood=str(content.get("likelihood") or ""),
+            likelihood_kind=str(content.get("likelihood_kind") or ""),
             limit=_int(content.get("limit", 0)),
             step=int(content["step"]),
             weights=str(content.get("weights") or ""),
@@ -96,6 +103,11 @@ class Metrics:
         return self.elbo if key == "elbo" else self.iw.get(key)
 
     @property
+    def is_density(self) -> bool:
+        """Whether the likelihood is a density, not a probability."""
+        return self.likelihood_kind == DENSITY
+
+    @property
     def kl(self) -> float | None:
         """The KL in nats, summed over layers; None if a layer's KL is not known."""
         known = [kl for kl in self.kl_per_layer if kl is not None]
@@ -116,23 +128,29 @@ def curve_samples(samples: Sequence[int]) -> list[int]:
     return sorted(powers | set(samples))
 
 
-def metrics(bounds: Bounds, samples: Sequence[int], image_shape: Sequence[int]) -> dict[str, Any]:
+def metrics(
+    bounds: Bounds, samples: Sequence[int], image_shape: Sequence[int], likelihood: str
+) -> dict[str, Any]:
     """Summary metrics over the images, for metrics.json. Bounds are negated and in nats.
 
-    `elbo` averages over all samples. `iw` holds the importance-weighted bound at each K in
-    `samples`, and `curve` that at each K in `bounds`. `effective_samples` and `pareto_k` summarise
-    the importance weights of all samples.
+    `likelihood` is one of `LIKELIHOODS`; a density gets no bits per dimension. `elbo` averages
+    over all samples. `iw` holds the importance-weighted bound at each K in `samples`, and `curve`
+    that at each K in `bounds`. `effective_samples` and `pareto_k` summarise the importance weights
+    of all samples.
     """
     per_image = {"elbo": -bounds.elbo}
     per_image |= {str(k): -bounds.importance_weighted[k] for k in samples}
     means = {name: values.mean().item() for name, values in per_image.items()}
     curve = [-bound for bound in bounds.importance_weighted.values()]
     effective = bounds.effective_samples
+    in_bits = {} if is_density(likelihood) else means
     return {
+        "likelihood": likelihood,
+        "likelihood_kind": LIKELIHOODS[likelihood].kind,
         "elbo": means["elbo"],
         "iw": {name: mean for name, mean in means.items() if name != "elbo"},
         "standard_error": {name: standard_error(values) for name, values in per_image.items()},
-        "bits_per_dim": {name: bits_per_dim(mean, image_shape) for name, mean in means.items()},
+        "bits_per_dim": {name: bits_per_dim(mean, image_shape) for name, mean in in_bits.items()},
         "reconstruction": -bounds.log_likelihood.mean().item(),
         "kl_per_layer": bounds.kl.mean(0).tolist(),
         "n_images": len(bounds.elbo),
@@ -204,6 +222,11 @@ def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
         "pareto_k": bounds.pareto_k.numpy(),
     }
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+def is_density(likelihood: str) -> bool:
+    """Whether the likelihood of that name is a density, not a probability."""
+    return LIKELIHOODS[likelihood].kind == DENSITY
 
 
 def bits_per_dim(nats: float, image_shape: Sequence[int]) -> float:

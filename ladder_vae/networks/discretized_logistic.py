@@ -16,8 +16,11 @@ from torch.distributions.utils import broadcast_all
 from ladder_vae.networks.levels import (
     LAST,
     LEVELS,
+    ROUNDING,
+    at_least_narrow,
     bin_mass,
     check_levels,
+    finite_scale,
     levels,
     standard_logistic,
 )
@@ -35,7 +38,8 @@ class DiscretizedLogistic(TorchDistribution):
         log_prob(k/255) = log(mass(k) + 1e-7), in nats
 
     The constant keeps `log_prob` above -16.12; because of it, the probabilities of all levels
-    sum to 1 + 256e-7. Samples and moments are those of the mass without the constant.
+    sum to 1 + 256e-7. Samples, moments, `cdf` and `icdf` are those of the mass without the
+    constant. Values and gradients are finite for all finite parameters.
 
     Args:
         loc: location of the logistic, a real tensor.
@@ -51,6 +55,7 @@ class DiscretizedLogistic(TorchDistribution):
         "log_scale": constraints.real,
     }
     support = levels
+    has_enumerate_support = True
 
     def __init__(
         self, loc: Tensor, log_scale: Tensor, *, validate_args: bool | None = None
@@ -77,15 +82,42 @@ class DiscretizedLogistic(TorchDistribution):
         return (self._mass(value) + 1e-7).log()
 
     def _mass(self, value: Tensor) -> Tensor:
-        inverse_scale = (-self.log_scale).exp()
+        inverse_scale = (-at_least_narrow(self.log_scale)).exp()
         centre = value * (LAST / LEVELS) + 0.5 / LEVELS
         return bin_mass((centre - self.loc) * inverse_scale, 0.5 / LEVELS * inverse_scale, value)
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         loc = self.loc.expand(self._extended_shape(sample_shape))
-        x = loc + self.log_scale.exp() * standard_logistic(loc)
+        x = loc + finite_scale(self.log_scale) * standard_logistic(loc)
         return (x * LEVELS).floor().clamp(0, LAST) / LAST
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """The 256 levels, ascending along a new first dimension."""
+        values = torch.arange(LEVELS, dtype=self.loc.dtype, device=self.loc.device) / LAST
+        values = values.view(-1, *[1] * len(self.batch_shape))
+        return values.expand(-1, *self.batch_shape) if expand else values
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """The probability of a level of at most `value`, in [0, 1]."""
+        if self._validate_args:
+            self._validate_sample(value)
+        # Rounding may put a level slightly below k/255.
+        return self._mass_up_to((value * LAST + ROUNDING).floor())
+
+    def _mass_up_to(self, k: Tensor) -> Tensor:
+        """The mass of the levels 0 ... k; `k` is a whole number, also below 0 or above 255."""
+        inverse_scale = (-at_least_narrow(self.log_scale)).exp()
+        mass = (((k + 1) / LEVELS - self.loc) * inverse_scale).sigmoid()
+        return torch.where(k < 0, 0.0, torch.where(k >= LAST, 1.0, mass))
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The lowest level whose `cdf` is at least `value`, a probability."""
+        # A binary search among the levels agrees with `cdf`; a rounded quantile might not.
+        k = torch.zeros_like(value + self.loc)
+        for step in (128, 64, 32, 16, 8, 4, 2, 1):
+            k = torch.where(self._mass_up_to(k + (step - 1)) < value, k + step, k)
+        return k / LAST
 
     @property
     def mean(self) -> Tensor:

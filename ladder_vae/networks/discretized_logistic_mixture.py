@@ -18,12 +18,19 @@ from ladder_vae.networks.discretized_logistic import MIN_LOG_SCALE
 from ladder_vae.networks.levels import (
     HALF_LEVEL,
     LAST,
+    LEVELS,
+    at_least_narrow,
+    bin_mass,
     check_levels,
+    finite_scale,
     levels,
     log_bin_mass,
     nearest_level,
     standard_logistic,
 )
+
+# Numbers of scales and log-scales are limited to this, so that their sum over an image is finite.
+_FAR = 1e30
 
 
 def _mean_within(loc: Tensor, log_scale: Tensor) -> Tensor:
@@ -33,8 +40,10 @@ def _mean_within(loc: Tensor, log_scale: Tensor) -> Tensor:
     s the difference cancels; there it is computed as 1/s + 2 artanh(tanh(loc / 2s) tanh(1 / 2s)).
     """
     # Beyond e^40 the mean is 0, and the product below would be infinity times zero.
-    narrow, wide = log_scale.clamp(max=0).exp(), log_scale.clamp(0, 40).exp()
-    for_narrow = narrow * (F.softplus((loc + 1) / narrow) - F.softplus((loc - 1) / narrow)) - 1
+    narrow = at_least_narrow(log_scale).clamp(max=0).exp()
+    wide = log_scale.clamp(0, 40).exp()
+    near = loc.clamp(-100, 100)  # further away, a narrow logistic has all of its mass on one end
+    for_narrow = narrow * (F.softplus((near + 1) / narrow) - F.softplus((near - 1) / narrow)) - 1
     product = (loc / (2 * wide)).tanh() * (1 / (2 * wide)).tanh()
     return torch.where(log_scale < 0, for_narrow, 2 * wide * product.atanh()).clamp(-1, 1)
 
@@ -71,7 +80,9 @@ class DiscretizedLogisticMixture(TorchDistribution):
     As in PixelCNN++, a mass of at most 1e-5 is replaced by the density at the bin's centre times
     the bin's width; a component's masses then sum to 1 within 2e-5 per colour.
 
-    Values are levels k/255 in [0, 1], and `log_prob` is in nats per image.
+    Values are levels k/255 in [0, 1], and `log_prob` is in nats per image. It and its gradient are
+    finite for all finite parameters; a level is at most 1e30 scales from its location, and a
+    log-scale at most 1e30.
 
     Args:
         logits: the mixture's unnormalised log-weights (*batch, K, H, W).
@@ -187,10 +198,12 @@ class DiscretizedLogisticMixture(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         value = value.unsqueeze(-3)
-        inverse_scale = (-self.log_scale).exp()
+        log_scale = at_least_narrow(self.log_scale).clamp(max=_FAR)
+        inverse_scale = (-log_scale).exp()
         centre = self._distance_from_loc(2 * value - 1) * inverse_scale
+        centre = centre.clamp(-_FAR, _FAR)
         log_mass = log_bin_mass(centre, inverse_scale / LAST, value)
-        log_density = centre - 2 * F.softplus(centre) - self.log_scale
+        log_density = centre - 2 * F.softplus(centre) - log_scale
         extreme = (value < HALF_LEVEL) | (value > 1 - HALF_LEVEL)
         log_mass = torch.where(
             extreme | (log_mass > math.log(1e-5)), log_mass, log_density + math.log(2 / LAST)
@@ -199,7 +212,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
         return by_component.logsumexp(-3).sum((-2, -1))
 
     def _distance_from_loc(self, x: Tensor) -> Tensor:
-        """Colours x (..., 3, 1, H, W) in [-1, 1], minus their locations: (..., 3, K, H, W)."""
+        """Colours x (..., 3, 1 or K, H, W) in [-1, 1], minus their locations: (..., 3, K, H, W)."""
         red, green, _ = x.split(1, dim=-4)
         shift = self.coefficients * torch.cat([red, red, green], dim=-4)
         red_in_green, red_in_blue, green_in_blue = shift.unbind(-4)
@@ -214,7 +227,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
         # The Gumbel-max trick: adding Gumbel noise makes the argmax a draw from the weights.
         component = (logits - torch.empty_like(logits).exponential_().log()).argmax(-3, True)
         loc, log_scale, coefficients = self._of_component(component)
-        scales = log_scale.exp().unbind(-4)
+        scales = finite_scale(log_scale).unbind(-4)
 
         def draw(loc: Tensor, colour: int) -> Tensor:
             return nearest_level((loc + scales[colour] * standard_logistic(loc) + 1) / 2)
@@ -241,13 +254,54 @@ class DiscretizedLogisticMixture(TorchDistribution):
         the mass on the first and last level varies with those colours. The exact mean would be a
         sum over 256^3 colours.
         """
+        return (self._weights() * self._means_within()).sum(-3)
+
+    def _weights(self) -> Tensor:
+        return self.logits.softmax(-3).unsqueeze(-4)
+
+    def _means_within(self) -> Tensor:
+        """Each component's mean in [0, 1], (*batch, 3, K, H, W)."""
         log_scales = self.log_scale.unbind(-4)
 
         def mean(loc: Tensor, colour: int) -> Tensor:
             return (_mean_within(loc, log_scales[colour]) + 1) / 2
 
-        means = _colours_in_turn(self.loc, self.coefficients, mean)
-        return (self.logits.softmax(-3).unsqueeze(-4) * means).sum(-3)
+        return _colours_in_turn(self.loc, self.coefficients, mean)
+
+    @property
+    def variance(self) -> Tensor:
+        """An approximate variance, (*batch, 3, H, W).
+
+        The sum of the variances within and between the components, around their `mean`. Within a
+        component, a colour's variance is a sum over its levels given the means of the previous
+        colours, plus the part that these contribute through the location, to first order. That is
+        exact for red up to the mean's approximation, and for green and blue if the first and last
+        level have no mass.
+        """
+        weights, means = self._weights(), self._means_within()
+        mean = (weights * means).sum(-3, keepdim=True)
+        return (weights * (self._variances_within(means) + (means - mean) ** 2)).sum(-3)
+
+    def _variances_within(self, means: Tensor) -> Tensor:
+        """Each component's variance around its mean in [0, 1], (*batch, 3, K, H, W)."""
+        x = 2 * means - 1
+        loc = x - self._distance_from_loc(x)  # given the means of the previous colours
+        inverse_scale = (-at_least_narrow(self.log_scale)).exp()
+        alone = torch.zeros_like(means)
+        # One level at a time, because all at once would take 256 times the memory.
+        for level in torch.arange(LEVELS, dtype=loc.dtype, device=loc.device) / LAST:
+            centre = (2 * level - 1 - loc) * inverse_scale
+            alone = alone + bin_mass(centre, inverse_scale / LAST, level) * (level - means) ** 2
+        # The derivative of a mean with respect to its location is the mass in [-1, 1].
+        inner = torch.full_like(loc, 0.5)
+        _, to_green, to_blue = bin_mass(-loc * inverse_scale, inverse_scale, inner).unbind(-4)
+        red_in_green, red_in_blue, green_in_blue = self.coefficients.unbind(-4)
+        red, green, blue = alone.unbind(-4)
+        with_red = to_green * red_in_green * red  # the covariance of red and green
+        green = green + to_green * red_in_green * with_red
+        shift = red_in_blue**2 * red + green_in_blue**2 * green
+        shift = shift + 2 * red_in_blue * green_in_blue * with_red
+        return torch.stack([red, green, blue + to_blue**2 * shift], dim=-4)
 
     @property
     def mode(self) -> Tensor:

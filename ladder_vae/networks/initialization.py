@@ -21,7 +21,9 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
         w <- w std / s,  b <- (b - m) std / s,  with m and s^2 the batch's mean and variance + 1e-5,
 
     so that its output has mean 0 and standard deviation `std`. Later layers receive the rescaled
-    output. Run exactly one batch in the context, in training mode. No gradients are recorded.
+    output. The variance is that of a sample: with n values per channel, over images and positions,
+    it divides by n - 1; for n = 1 it is 0. Run exactly one batch in the context, in training mode.
+    No gradients are recorded.
     """
     convolutions = [
         m
@@ -37,7 +39,9 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
     def normalise(conv: nn.Module, _: tuple[Tensor, ...], y: Tensor) -> Tensor:
         assert isinstance(conv, nn.Conv2d | nn.ConvTranspose2d)
         mean = y.mean((0, 2, 3))
-        scale = std / (y.var((0, 2, 3), correction=0) + 1e-5).sqrt()
+        values = y.numel() // y.shape[1]  # per channel
+        variance = y.var((0, 2, 3), correction=min(1, values - 1))
+        scale = std / (variance + 1e-5).sqrt()
         # A convolution's weight has the output channel first, a transposed convolution's second.
         shape = (-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)
         conv.weight.mul_(scale.view(shape))

@@ -12,7 +12,7 @@ LEVELS = 256
 LAST = LEVELS - 1
 HALF_LEVEL = 0.5 / LAST
 # Tolerance for single-precision rounding, as a fraction of the distance between levels.
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 
 
 class _Levels(constraints.Constraint):
@@ -24,7 +24,7 @@ class _Levels(constraints.Constraint):
         return (value >= 0) & (value <= 1) & self.near_level(value)
 
     def near_level(self, value: Tensor) -> Tensor:
-        return (value * LAST - (value * LAST).round()).abs() <= _ROUNDING
+        return (value * LAST - (value * LAST).round()).abs() <= ROUNDING
 
 
 levels = _Levels()
@@ -52,6 +52,23 @@ def nearest_level(value: Tensor) -> Tensor:
 def standard_logistic(like: Tensor) -> Tensor:
     """Draws from the standard logistic; in single precision, one in 2^24 draws is -inf."""
     return torch.rand_like(like).logit()
+
+
+# Products with a scale or its inverse must be finite for any log-scale: infinity times zero is NaN.
+
+
+def at_least_narrow(log_scale: Tensor) -> Tensor:
+    """`log_scale`, at least -44.
+
+    That scale is below the rounding of double precision at the edges of bins, so narrower
+    logistics have the same masses.
+    """
+    return log_scale.clamp(min=-44)
+
+
+def finite_scale(log_scale: Tensor) -> Tensor:
+    """exp(`log_scale`), limited so that its product with a standard logistic is finite."""
+    return log_scale.clamp(-44, 80).exp()
 
 
 # With s the sigmoid, the mass between a and b is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)). Unlike

@@ -1,8 +1,10 @@
 """Likelihood heads, from the last feature map (N, C, H, W) to p(x | z).
 
 Each returns a distribution with batch shape (N,) and event shape (image channels, H, W), over
-images in [0, 1]; log-probabilities are in nats per image.
+images in [0, 1]; log-probabilities are in nats per image. Bounds compare only within a `kind`.
 """
+
+from typing import ClassVar
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -11,9 +13,13 @@ from ladder_vae.networks.blocks import ParameterConv
 from ladder_vae.networks.discretized_logistic import MIN_LOG_SCALE, DiscretizedLogistic
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
+DENSITY = "density"
+
 
 class _Head(nn.Module):
-    """A 3x3 convolution to the parameters of p(x | z)."""
+    """A 3x3 convolution to the parameters of p(x | z), a probability or a density by its `kind`."""
+
+    kind: ClassVar[str]
 
     def __init__(self, channels: int, parameter_channels: int) -> None:
         super().__init__()
@@ -22,6 +28,8 @@ class _Head(nn.Module):
 
 class Bernoulli(_Head):
     """Independent Bernoulli pixels, with one logit per pixel and channel."""
+
+    kind = "probability of 2 levels"
 
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, image_channels)
@@ -33,8 +41,10 @@ class Bernoulli(_Head):
 class Gaussian(_Head):
     """Independent Normal pixels, with mean and log-variance per pixel and channel.
 
-    Its log-probability is a density, so bounds cannot be compared with those of 8-bit likelihoods.
+    Its log-probability is a density, so bounds cannot be compared with those of the others.
     """
+
+    kind = DENSITY
 
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, 2 * image_channels)
@@ -51,6 +61,8 @@ class DiscretizedLogisticHead(_Head):
     an output of zero is mid-grey.
     """
 
+    kind = "probability of 256 levels"
+
     def __init__(self, channels: int, image_channels: int) -> None:
         super().__init__(channels, 2 * image_channels)
 
@@ -62,6 +74,8 @@ class DiscretizedLogisticHead(_Head):
 
 class DiscretizedLogisticMixtureHead(_Head):
     """8-bit RGB pixels, PixelCNN++'s mixture of 10 discretized logistics."""
+
+    kind = "probability of 256 levels"
 
     def __init__(self, channels: int, image_channels: int) -> None:
         if image_channels != 3:
@@ -75,7 +89,7 @@ class DiscretizedLogisticMixtureHead(_Head):
         return DiscretizedLogisticMixture.from_channels(self.conv(h))
 
 
-LIKELIHOODS: dict[str, type[nn.Module]] = {
+LIKELIHOODS: dict[str, type[_Head]] = {
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
     "discr_log": DiscretizedLogisticHead,

@@ -19,12 +19,13 @@ from runtime.files import write_atomically
 
 # The columns in their order; `bounds` stands for the ELBO and every number of samples.
 COLUMNS = (
-    *("run", "data", "layers", "parameters", "step", "weights"),
+    *("run", "data", "likelihood", "layers", "parameters", "step", "weights"),
     *("bounds", "kl", "minutes", "origin"),
 )
 _INTRODUCTION = (
     "Negative bounds on the log-likelihood in nats ± standard error over the images (in brackets: "
-    "bits per dimension). Lower is better; the best bound on the same images is in bold."
+    "bits per dimension). Lower is better; the best bound on the same images with the same kind of "
+    "likelihood is in bold."
 )
 
 
@@ -79,6 +80,20 @@ def _metrics_file(path: Path) -> Path:
 # --- Which rows can be compared ---
 
 
+def comparable(runs: Sequence[Scored]) -> list[str | None]:
+    """A description of each run's images, their values and the kind of likelihood.
+
+    Bounds compare if and only if their descriptions are equal; None compares with nothing, since
+    its file does not say all of that.
+    """
+    return [
+        f"{images} ({run.metrics.levels} levels), {run.metrics.likelihood_kind}"
+        if run.metrics.levels and run.metrics.likelihood_kind
+        else None
+        for run, images in zip(runs, same_images(runs), strict=True)
+    ]
+
+
 def same_images(runs: Sequence[Scored]) -> list[str]:
     """A description of each run's images; equal descriptions mean the same images."""
     # A file without a limit is of the whole split if it has as many images as another file that
@@ -108,13 +123,13 @@ def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Colu
 
     The names are those of `COLUMNS`, and `seed` for the random seed of the training.
     """
-    images = same_images(runs)
+    groups = comparable(runs)
     found = []
     for name in names:
         if name == "bounds":
-            found += [_bound_column(runs, key, images) for key in _bound_keys(runs)]
+            found += [_bound_column(runs, key, groups) for key in _bound_keys(runs)]
         elif name == "data":
-            found.append(Column(name, images, is_number=False))
+            found.append(Column(name, same_images(runs), is_number=False))
         else:
             header, cell, is_number = _CELLS[name]
             found.append(Column(header, [cell(run) for run in runs], is_number))
@@ -127,16 +142,16 @@ def _bound_keys(runs: Sequence[Scored]) -> list[str]:
     return ["elbo", *sorted(samples, key=int)]
 
 
-def _bound_column(runs: Sequence[Scored], key: str, images: Sequence[str]) -> Column:
+def _bound_column(runs: Sequence[Scored], key: str, groups: Sequence[str | None]) -> Column:
     header = "ELBO" if key == "elbo" else f"{int(key):,} sample{'s' * (int(key) != 1)}"
     values = [run.metrics.bound(key) for run in runs]
     best = set()
-    for group in set(images):
+    for group in set(groups) - {None}:
         # Bounds are equally good if the table shows the same digits.
         shown = {
             row: round(value, _decimals(value))
             for row, value in enumerate(values)
-            if value is not None and images[row] == group
+            if value is not None and groups[row] == group
         }
         if len(shown) > 1:
             best |= {row for row, value in shown.items() if value == min(shown.values())}
@@ -149,15 +164,18 @@ def _decimals(nats: float) -> int:
 
 
 def _bound_cell(metrics: Metrics, key: str) -> str:
-    """A bound with its standard error and, for colour images, in bits per dimension."""
+    """A bound with its standard error and, for 8-bit images, in bits per dimension."""
     value = metrics.bound(key)
     if value is None:
         return ""
     error, bits = metrics.standard_error.get(key), metrics.bits_per_dim.get(key)
-    binary = metrics.dataset in datasets.NAMES and datasets.is_binary(metrics.dataset)
     cell = f"{value:.{_decimals(value)}f}"
     cell += "" if error is None else f" ± {error:.{_decimals(value)}f}"
-    return cell + ("" if bits is None or binary else f" ({bits:.2f})")
+    return cell + ("" if bits is None or metrics.levels == 2 else f" ({bits:.2f})")
+
+
+def _likelihood(metrics: Metrics) -> str:
+    return metrics.likelihood + " (density)" * metrics.is_density
 
 
 def _kl_cell(run: Scored) -> str:
@@ -182,6 +200,7 @@ def _place(provenance: dict[str, Any]) -> str:
 # By name: the column's header, a function that returns a cell, and whether the cells are numbers.
 _CELLS: dict[str, tuple[str, Callable[[Scored], str], bool]] = {
     "run": ("run", lambda run: run.name, False),
+    "likelihood": ("likelihood", lambda run: _likelihood(run.metrics), False),
     "layers": ("layers", lambda run: number(run.metrics.layers, ","), True),
     "parameters": ("parameters", lambda run: number(run.metrics.parameters, ","), True),
     "step": ("step", lambda run: number(run.metrics.step, ","), True),
@@ -211,7 +230,8 @@ def _record(run: Scored, keys: Sequence[str]) -> dict[str, Any]:
     metrics = run.metrics
     record: dict[str, Any] = {"run": run.name}
     for name in (
-        *("dataset", "split", "n_images", "limit", "seed"),
+        *("dataset", "split", "n_images", "levels", "limit", "seed"),
+        *("likelihood", "likelihood_kind"),
         *("layers", "parameters", "step", "weights"),
     ):
         record[name] = getattr(metrics, name)
@@ -237,8 +257,12 @@ def compare(paths: Sequence[Path], folder: Path) -> str:
     """
     runs = [Scored.read(path) for path in paths]
     text = f"{_INTRODUCTION}\n\n{markdown(columns(runs))}\n"
-    if len(images := dict.fromkeys(same_images(runs))) > 1:
-        text += f"\nRows with different images cannot be compared: {'; '.join(images)}.\n"
+    groups = dict.fromkeys(comparable(runs))
+    if len(groups) > 1:
+        text += (
+            "\nRows with different images or kinds of likelihood cannot be compared: "
+            f"{'; '.join(group or 'rows of unknown likelihood' for group in groups)}.\n"
+        )
     rows = comma_separated(runs)
     write_atomically(folder / "comparison.md", lambda file: file.write(text.encode()))
     write_atomically(folder / "comparison.csv", lambda file: file.write(rows.encode()))

@@ -44,7 +44,7 @@ _ROWS_OF_OVERVIEW = 16
 class Picture(NamedTuple):
     """A picture in an evaluation's folder, and its text in a report."""
 
-    file: str
+    file: str  # or a pattern for several files
     title: str
     caption: str
     folded: bool = False  # hidden until its title is clicked
@@ -127,7 +127,7 @@ _CHARTS = [
         "Images with a missing part, and the ladder's completions of it.",
     ),
     Picture(
-        "roc.png",
+        "roc-*.png",
         "Out-of-distribution images",
         "How well the scores separate other images from those of the data set: the further a "
         "curve is above the diagonal, the better.",

@@ -16,7 +16,7 @@ from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.comparison import Scored, columns, evaluation_folders
 from ladder_vae.reports.curves import learning_curves
 from ladder_vae.reports.figures import ladder_pictures
-from ladder_vae.reports.tables import Column, bounds_table, layer_name, number
+from ladder_vae.reports.tables import Column, bounds_table, density_note, layer_name, number
 from ladder_vae.runs.command_line import OPTIONS, flag
 from ladder_vae.runs.metrics_log import Entry, finite_entries, held_out_split, newest
 from ladder_vae.runs.options import RunConfig
@@ -97,7 +97,7 @@ def _write_evaluation_report(folder: Path, run: Run, metrics: Metrics) -> Path:
         ),
         bounds=bounds_table(metrics),
         warning=_sentence(metrics.warning or ""),
-        notes=_weight_notes(metrics),
+        notes=[*filter(None, [density_note(metrics)]), *_weight_notes(metrics)],
         layers=_layers(run, metrics.kl_per_layer),
         total_kl=f"{sum(kl or 0.0 for kl in metrics.kl_per_layer):.2f}",
         images=_evaluation_images(folder, len(metrics.kl_per_layer)),
@@ -160,7 +160,7 @@ def _evaluation_images(folder: Path, layers: int) -> list[Image]:
             folded=picture.folded,
         )
         for picture in ladder_pictures(layers)
-        if (file := folder / picture.file).is_file()
+        for file in sorted(folder.glob(picture.file))
     ]
 
 
@@ -235,7 +235,7 @@ def _newest_metrics(entries: Sequence[Entry]) -> list[Column]:
     ]
     for header, tag in tags.items():
         values = [number(entry.get(f"{group}/{tag}"), ".3f") for group, entry in rows.values()]
-        if any(values) or tag != "bits_per_dim":  # which binary images do not have
+        if any(values) or tag != "bits_per_dim":  # which binary images and densities do not have
             found.append(Column(header, values))
     return found
 

@@ -61,13 +61,25 @@ def layer_name(layer: int, layers: int) -> str:
 def bounds_table(metrics: Metrics) -> list[Column]:
     """The bounds of one evaluation, with a row for each number of samples."""
     keys = ["elbo", *metrics.iw]
+    bits = [number(metrics.bits_per_dim.get(k), ".3f") for k in keys]
     names = ["ELBO", *(f"{int(k):,} importance sample{'s' * (k != '1')}" for k in metrics.iw)]
     return [
         Column("negative bound", names, is_number=False),
         Column("nats", [number(metrics.bound(k), ".2f") for k in keys]),
         Column("std. error", [number(metrics.standard_error.get(k), ".2f") for k in keys]),
-        Column("bits/dim", [number(metrics.bits_per_dim.get(k), ".3f") for k in keys]),
+        *([Column("bits/dim", bits)] if any(bits) else []),
     ]
+
+
+def density_note(metrics: Metrics) -> str:
+    """What the bounds of a density mean, or nothing for a probability."""
+    if not metrics.is_density:
+        return ""
+    return (
+        f"The likelihood, {metrics.likelihood}, is a density of real pixel values. Its bounds may "
+        "be negative, have no bits per dimension and cannot be compared with those of "
+        "probabilities."
+    )
 
 
 def summary(metrics: Metrics) -> str:
@@ -80,4 +92,6 @@ def summary(metrics: Metrics) -> str:
         if (share := metrics.pareto_k.get(f"share_above_{UNRELIABLE}")) is not None:
             line += f"; Pareto k-hat above {UNRELIABLE} for {share:.1%} of the images"
         lines.append(line)
+    if note := density_note(metrics):
+        lines.append(f"note      {note}")
     return "\n".join(lines)

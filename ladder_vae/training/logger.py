@@ -14,10 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import datasets
 from datasets import ImageSet
 from ladder_vae.evaluation.importance import Bounds
-from ladder_vae.evaluation.metrics import bits_per_dim
+from ladder_vae.evaluation.metrics import bits_per_dim, is_density
 from ladder_vae.reports.image_grids import write_png
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
@@ -250,8 +249,8 @@ class Logger:
         self._ranks = ranks
         self._evaluation = HeldOutEvaluation(config, held_out, ranks)
         self._image_shape = held_out.shape
-        # Bounds of colour images are also shown in bits per dimension.
-        self._in_bits = not datasets.is_binary(config.dataset)
+        # Bounds on the probability of 8-bit images are also shown in bits per dimension.
+        self._in_bits = held_out.levels > 2 and not is_density(config.ladder.likelihood)
         self._since_step, self._since = step, time.monotonic()
         self._shown = 0.0
         self._collapsed: set[int] = set()
@@ -377,7 +376,7 @@ class Logger:
         return f"{nats:.2f} nats{bits}"
 
     def _bits(self, tag: str, nats: float) -> dict[str, float]:
-        """The scalar for a negative bound in bits per dimension, for colour images only."""
+        """The scalar for a negative bound in bits per dimension, for 8-bit images only."""
         return {tag: bits_per_dim(nats, self._image_shape)} if self._in_bits else {}
 
 

@@ -1,5 +1,7 @@
 """Images from a folder: which files are read, and every kind of error."""
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +183,73 @@ def test_transparent_pixels(tmp_path: Path, mode: str) -> None:
     assert f"{path} is transparent in places" in refused(tmp_path, (1, 2, 2))
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [("a.jpg", "CMYK"), ("a.tif", "F"), ("a.png", "I;16"), ("a.tif", "LAB")]
-)
+@pytest.mark.parametrize(("name", "mode"), [("a.jpg", "CMYK"), ("a.tif", "LAB")])
 def test_pixels_of_other_kinds(tmp_path: Path, name: str, mode: str) -> None:
-    """CMYK, floating point, 16 bits and LAB."""
+    """CMYK and LAB."""
     Image.new(mode, (7, 5)).save(tmp_path / name)
     assert f"{tmp_path / name} has pixels of Pillow's mode {mode}" in refused(tmp_path)
+
+
+def deep_png(samples: np.ndarray) -> bytes:
+    """A PNG of 16 bits per channel (H, W, C), which Pillow writes for grey only."""
+    height, width, channels = samples.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+
+
+def deep_tiff(samples: np.ndarray) -> bytes:
+    """An uncompressed RGB TIFF of 16 bits per channel, from (H, W, 3)."""
+    height, width, _ = samples.shape
+    data = samples.astype("<u2").tobytes()
+    long, short = 4, 3
+    # Tags: sizes, bits per sample (8 bytes after the header), RGB, strip, channels.
+    tags = [
+        *[(256, long, 1, width), (257, long, 1, height), (258, short, 3, 8), (259, short, 1, 1)],
+        *[(262, short, 1, 2), (273, long, 1, 14), (277, short, 1, 3), (278, long, 1, height)],
+        (279, long, 1, len(data)),
+    ]
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    return struct.pack("<2sHIHHH", b"II", 42, 14 + len(data), 16, 16, 16) + data + directory
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_deep_png_is_refused(tmp_path: Path, channels: int) -> None:
+    """16 bits per channel: grey or in colour, with or without an alpha channel."""
+    samples = np.full((5, 7, channels), 65535)
+    samples[0, 0, 0] = 1  # Pillow would read it as 0
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_png(samples))
+    expected = f"{path} has more than 8 bits per channel: save it as 8-bit grey or RGB"
+    assert refused(tmp_path, COLOUR) == refused(tmp_path, GREY) == expected
+
+
+def test_deep_tiff_is_refused(tmp_path: Path) -> None:
+    """16 bits per channel in grey and in colour, 32 bits, and floating point."""
+    rgb = tmp_path / "rgb" / "a.tif"
+    rgb.parent.mkdir()
+    rgb.write_bytes(deep_tiff(np.full((5, 7, 3), 1000)))
+    assert "more than 8 bits per channel" in refused(rgb.parent, COLOUR)
+    for mode in ("I;16", "I", "F"):
+        Image.new(mode, (7, 5)).save(tmp_path / "a.tif")
+        assert "more than 8 bits per channel" in refused(tmp_path)
+
+
+def test_shallow_png_is_read(tmp_path: Path) -> None:
+    """Two bits per pixel."""
+    levels = np.array([[0, 1, 2, 3]], np.uint8)
+    image = Image.fromarray(levels)
+    image.putpalette([level for k in range(4) for level in 3 * [85 * k]])
+    image.save(tmp_path / "a.png", bits=2)
+    images, _ = load_folder(tmp_path, (1, 1, 4), binary=False)
+    assert_levels = (everything(images) * 255).round().astype(int)
+    np.testing.assert_array_equal(assert_levels.ravel(), [0, 85, 170, 255])
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".tif", ".webp"])

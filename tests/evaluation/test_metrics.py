@@ -47,7 +47,7 @@ def made_bounds(**changes: Any) -> Bounds:
 
 
 def test_metrics_are_exact() -> None:
-    found = metrics(made_bounds(), [1, 4], SHAPE)
+    found = metrics(made_bounds(), [1, 4], SHAPE, "discr_log")
     assert found["elbo"] == 6
     assert found["iw"] == {"1": 6, "4": 5}
     assert found["reconstruction"] == 2
@@ -68,8 +68,29 @@ def test_metrics_are_exact() -> None:
     assert curve[2] == found["standard_error"]["4"]
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "kind"),
+    [
+        ("bernoulli", "probability of 2 levels"),
+        ("discr_log", "probability of 256 levels"),
+        ("discr_log_mix", "probability of 256 levels"),
+        ("gaussian", "density"),
+    ],
+)
+def test_metrics_name_the_likelihood(likelihood: str, kind: str) -> None:
+    """Only a probability has bits per dimension."""
+    found = metrics(made_bounds(), [1, 4], SHAPE, likelihood)
+    assert (found["likelihood"], found["likelihood_kind"]) == (likelihood, kind)
+    assert bool(found["bits_per_dim"]) == (kind != "density")
+    assert found["elbo"] == 6
+    read = Metrics.from_dict(found | {"dataset": "digits", "split": "test", "step": 7})
+    assert read.is_density == (kind == "density")
+
+
 def test_metrics_have_these_names() -> None:
-    assert list(metrics(made_bounds(), [1, 4], SHAPE)) == [
+    assert list(metrics(made_bounds(), [1, 4], SHAPE, "discr_log")) == [
+        "likelihood",
+        "likelihood_kind",
         "elbo",
         "iw",
         "standard_error",
@@ -131,7 +152,7 @@ def test_more_unreliable_images_cause_a_warning(above: int, of: int, share: str)
     ):
         assert part in found
     assert "\n" not in found
-    assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE)["warning"] is not None
+    assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE, "bernoulli")["warning"] is not None
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -149,7 +170,7 @@ def test_a_bound_that_is_not_finite_causes_a_warning(value: float) -> None:
 def test_too_few_samples_cause_no_warning() -> None:
     bounds = made_bounds(pareto_k=torch.full((3,), torch.nan))
     assert warning(bounds, 4) is None
-    found = metrics(bounds, [1, 4], SHAPE)
+    found = metrics(bounds, [1, 4], SHAPE, "discr_log")
     assert found["pareto_k"] is None
 
 
@@ -161,7 +182,7 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
         elbo=doubles(-math.inf, -1, -2),
         pareto_k=torch.full((3,), -math.inf, dtype=torch.float64),
     )
-    found = metrics(bounds, [1, 4], SHAPE)
+    found = metrics(bounds, [1, 4], SHAPE, "discr_log")
     write_json(tmp_path / "metrics.json", found)
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text
@@ -200,7 +221,7 @@ def test_per_image_metrics_are_read_back(tmp_path: Path) -> None:
 
 def test_metrics_are_read_from_their_file(tmp_path: Path) -> None:
     """With None for what is not finite or missing."""
-    found = metrics(made_bounds(elbo=doubles(-math.inf, -1, -2)), [1, 4], SHAPE)
+    found = metrics(made_bounds(elbo=doubles(-math.inf, -1, -2)), [1, 4], SHAPE, "discr_log")
     more = {"dataset": "digits", "split": "test", "step": 7, "limit": None}
     write_json(tmp_path / "metrics.json", found | more)
     read = Metrics.read(tmp_path / "metrics.json")

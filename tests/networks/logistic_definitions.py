@@ -17,6 +17,9 @@ Shape = Sequence[int]
 HALF_LEVEL = -math.log(255)  # log of the scale that is half the distance of two levels in [-1, 1]
 LOCS = (-1e3, -1.0, -0.1, 0.0, 0.5, 0.503, 1.0, 1.2, 1e3)
 LOG_SCALES = (-7.0, -5.0, -3.0, -1.0, 0.0, 4.0, 20.0)
+FAR_LOCS = (-1e30, -30.0, 30.0, 1e30)
+# The first ones are too narrow, the last ones too wide for single precision.
+FAR_LOG_SCALES = (-1e30, -1e3, -100.0, -60.0, 60.0, 100.0, 1e3, 1e30)
 
 
 def bin_mass(k: Tensor, centre: Tensor, half: float, loc: Any, log_scale: Any) -> Tensor:

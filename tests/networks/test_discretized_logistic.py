@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
 from tests.networks.logistic_definitions import (
+    FAR_LOCS,
+    FAR_LOG_SCALES,
     FLOOR,
     LEVELS,
     LOCS,
@@ -112,15 +114,85 @@ def test_logistic_gradients() -> None:
     )
 
 
-def test_logistic_is_finite_at_extremes() -> None:
-    """Value and gradient in single precision."""
-    loc = torch.tensor([*LOCS, -30.0, 30.0]).view(-1, 1, 1).requires_grad_()
-    log_scale = torch.tensor([*LOG_SCALES, 60.0, 100.0]).view(-1, 1).requires_grad_()
-    log_prob = DiscretizedLogistic(loc, log_scale).log_prob(LEVELS)
-    assert finite(log_prob)
-    log_prob.sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("what", ["log_prob", "cdf", "mean", "variance"])
+def test_logistic_is_finite_at_extremes(what: str, dtype: torch.dtype) -> None:
+    """Value and gradient; the locations include edges of bins."""
+    locs = torch.tensor([*LOCS, *FAR_LOCS, 1 / 256, 0.25], dtype=dtype)
+    log_scales = torch.tensor([*LOG_SCALES, *FAR_LOG_SCALES], dtype=dtype)
+    loc, log_scale = locs.view(-1, 1, 1).requires_grad_(), log_scales.view(-1, 1).requires_grad_()
+    d = DiscretizedLogistic(loc, log_scale)
+    found = getattr(d, what)
+    value = found(LEVELS.to(dtype)) if callable(found) else found
+    assert finite(value)
+    value.sum().backward()
     assert finite(loc.grad)
     assert finite(log_scale.grad)
+    for picture in (d.sample((50,)), d.mode, d.icdf(torch.tensor([0, 0.3, 0.5, 1], dtype=dtype))):
+        assert d.support.check(picture).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("log_scale", [-30.0, -100.0, -1e30])
+def test_logistic_of_vanishing_scale(log_scale: float, dtype: torch.dtype) -> None:
+    """All mass is on the location's level."""
+    loc = torch.tensor([-1e30, -0.1, 100.5 / 256, 1.1], dtype=dtype)
+    mass = DiscretizedLogistic(loc, torch.tensor(log_scale, dtype=dtype)).log_prob(
+        LEVELS.to(dtype).view(-1, 1)
+    )
+    expected = torch.zeros(256, 4, dtype=dtype)
+    expected[[0, 0, 100, 255], [0, 1, 2, 3]] = 1
+    assert_close(mass, (expected + FLOOR).log())
+
+
+# --- Cumulative probabilities ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logistic_cdf_sums_the_masses(dtype: torch.dtype) -> None:
+    k = torch.arange(256).double()
+    for loc, log_scale in itertools.product(LOCS, LOG_SCALES):
+        d = DiscretizedLogistic(
+            torch.tensor(loc, dtype=dtype), torch.tensor(log_scale, dtype=dtype)
+        )
+        expected = logistic_mass(k, d.loc.double(), d.log_scale.double()).cumsum(0)
+        # Single precision rounds the edges of the bins; the error is relative to the scale.
+        rounding = 1e-9 if dtype == torch.float64 else 1e-7 * (1 + math.exp(-log_scale))
+        cdf = d.cdf(d.enumerate_support())
+        assert_close(cdf.double(), expected, rtol=0, atol=rounding)
+        assert cdf[-1] == 1
+    between = DiscretizedLogistic(d.loc, d.log_scale, validate_args=False)
+    assert between.cdf(torch.tensor([-0.1, 1.5], dtype=dtype)).tolist() == [0, 1]
+    assert between.cdf(LEVELS[7].to(dtype) + 0.003) == between.cdf(LEVELS[7].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logistic_icdf_inverts_cdf(dtype: torch.dtype) -> None:
+    """The lowest level whose cumulative probability is at least the given one."""
+    some = torch.cat([torch.tensor([0.0, 0.5, 1.0]), torch.rand(200)]).to(dtype)
+    for loc, log_scale in itertools.product((-1.0, 0.0, 0.3, 0.5, 1.2), LOG_SCALES):
+        d = DiscretizedLogistic(
+            torch.tensor(loc, dtype=dtype), torch.tensor(log_scale, dtype=dtype)
+        )
+        cdf = d.cdf(d.enumerate_support())
+        wanted = torch.cat([some, cdf])
+        k = (d.icdf(wanted) * 255).round().long()
+        # The last bit of a sigmoid depends on its place in a tensor.
+        rounding = 4 * torch.finfo(dtype).eps
+        assert (cdf[k] >= wanted - rounding).all()
+        below = torch.where(k > 0, cdf[k - 1], -1)
+        assert (below < wanted + rounding).all()
+    samples = DiscretizedLogistic(torch.tensor(0.4), torch.tensor(-3.0)).icdf(torch.rand(200_000))
+    counts = indices(samples).bincount(minlength=256)
+    assert p_value(counts, logistic_mass(torch.arange(256).double(), 0.4, -3.0)) > 1e-3
+
+
+def test_logistic_support_is_enumerated() -> None:
+    d = DiscretizedLogistic(torch.zeros(2, 3), torch.zeros(3))
+    assert d.enumerate_support(expand=False).shape == (256, 1, 1)
+    assert torch.equal(d.enumerate_support(), LEVELS.view(256, 1, 1).expand(256, 2, 3))
+    total = d.log_prob(d.enumerate_support()).exp().sum(0)
+    assert_close(total, torch.full((2, 3), 1 + 256 * FLOOR))
 
 
 def test_no_more_than_certain() -> None:

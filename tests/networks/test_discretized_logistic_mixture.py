@@ -10,6 +10,8 @@ from torch.testing import assert_close
 
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 from tests.networks.logistic_definitions import (
+    FAR_LOCS,
+    FAR_LOG_SCALES,
     LEVELS,
     LOCS,
     LOG_SCALES,
@@ -202,6 +204,48 @@ def test_mixture_mean_of_samples() -> None:
     assert ((without.mean - samples.mean(0)).abs() > 4.5 * error)[1:].any(-1).any(-1).all()
 
 
+@pytest.mark.parametrize("log_scale", LOG_SCALES)
+def test_mixture_variance_of_red(log_scale: float) -> None:
+    """The sum over the levels, with the variance between the components."""
+    k = torch.arange(256).double()
+    locs = (-1.2, -1.0, -0.3, 0.0, 0.77, 1.0)
+    for pair in itertools.pairwise(locs):
+        loc = torch.zeros(3, 2, 1, 1)
+        loc[0] = torch.tensor(pair).view(2, 1, 1)
+        d = DiscretizedLogisticMixture(
+            torch.tensor([0.0, 1.0]).view(2, 1, 1),
+            loc,
+            torch.full((3, 2, 1, 1), log_scale),
+            torch.zeros(3, 2, 1, 1),
+        )
+        weights = d.logits.double().softmax(0).flatten()
+        masses = torch.stack([mixture_mass(k, value, log_scale) for value in pair])
+        mass = (weights[:, None] * masses).sum(0)
+        mean = (mass * k / 255).sum()
+        variance = (mass * (k / 255 - mean) ** 2).sum().item()
+        # `mean` neglects rounding to levels, up to half a level.
+        bound = {-7.0: (0.5 / 255) ** 2 + 4e-4}.get(log_scale, 1e-4)
+        assert d.variance[0].item() == pytest.approx(variance, abs=bound), pair
+
+
+def test_mixture_variance_of_samples() -> None:
+    """If the first and last level have little mass, it is the variance of many draws."""
+    channels = 0.4 * torch.randn(30, 2, 3)
+    d = DiscretizedLogisticMixture.from_channels(channels)
+    d = DiscretizedLogisticMixture(d.logits, d.loc / 2, d.log_scale - 3, d.coefficients)
+    samples = d.sample((40_000,))
+    squares = (samples - samples.mean(0)) ** 2
+    error = squares.std(0) / 200
+    assert ((d.variance - squares.mean(0)).abs() < 4.5 * error).all()
+    assert_close(d.stddev, d.variance.sqrt())
+    # Without the coefficients it is wrong in green and blue.
+    without = DiscretizedLogisticMixture(
+        d.logits, d.loc, d.log_scale, torch.zeros_like(d.coefficients)
+    )
+    wrong = (without.variance - squares.mean(0)).abs() > 4.5 * error
+    assert wrong[1:].any(-1).any(-1).all()
+
+
 def test_mixture_mode() -> None:
     """The centre of the heavier component, each colour given the previous levels, in [0, 1]."""
     d = DiscretizedLogisticMixture(
@@ -270,3 +314,56 @@ def test_mixture_is_finite_at_extremes(logit: float) -> None:
     assert finite(channels.grad)
     for picture in (d.mean, d.mode, d.sample()):
         assert ((picture >= 0) & (picture <= 1)).all()
+
+
+def extreme_mixture(dtype: torch.dtype) -> tuple[DiscretizedLogisticMixture, list[Tensor]]:
+    """Two components of every combination of extreme parameters, and the parameters."""
+    locs, log_scales = (*LOCS, *FAR_LOCS), (*LOG_SCALES, *FAR_LOG_SCALES)
+    loc, log_scale, coefficient = torch.tensor(
+        list(itertools.product(locs, log_scales, (-1.0, 0.0, 1.0))), dtype=dtype
+    ).T
+    parameters = [
+        torch.stack([p, p.flip(0)], dim=-1).view(-1, 1, 2, 1, 1).expand(-1, 3, 2, 1, 1).clone()
+        for p in (loc, log_scale, coefficient)
+    ]
+    logits = torch.tensor([1e30, -1e30], dtype=dtype).view(2, 1, 1).expand(len(loc), 2, 1, 1)
+    leaves = [p.requires_grad_() for p in (logits.clone(), *parameters)]
+    return DiscretizedLogisticMixture(*leaves), leaves
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("what", ["log_prob", "mean", "variance"])
+def test_mixture_is_finite_for_every_parameter(what: str, dtype: torch.dtype) -> None:
+    """Value and gradient, for some levels of each colour."""
+    d, leaves = extreme_mixture(dtype)
+    levels = LEVELS[[0, 1, 128, 254, 255]].to(dtype).view(-1, 1, 1, 1, 1)
+    found = getattr(d, what)
+    value = found(levels.expand(-1, 1, 3, 1, 1)) if callable(found) else found
+    assert finite(value)
+    value.sum().backward()
+    assert all(finite(leaf.grad) for leaf in leaves)
+    if what == "mean":
+        for picture in (d.mean, d.mode, d.sample((9,))):
+            assert ((picture >= 0) & (picture <= 1)).all()
+    if what == "variance":
+        assert (value >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("log_scale", [-60.0, -1e3, -1e30])
+def test_mixture_of_vanishing_scale(log_scale: float, dtype: torch.dtype) -> None:
+    """All mass is on the location's levels; far locations are on the first or last level."""
+    loc = torch.tensor([2 * 100 / 255 - 1, -1e30, 1e30], dtype=dtype).view(3, 1, 1, 1)
+    d = DiscretizedLogisticMixture(
+        torch.zeros(1, 1, 1, dtype=dtype),
+        loc,
+        torch.full_like(loc, log_scale),
+        torch.zeros_like(loc),
+    )
+    index = torch.tensor([[100, 0, 255], [101, 0, 255], [100, 1, 255]])
+    levels = LEVELS[index].to(dtype).view(3, 3, 1, 1)
+    own, *others = d.log_prob(levels).tolist()
+    assert own == 0
+    assert all(other < -1e9 for other in others)
+    assert_close(d.mean.flatten(), torch.tensor([100 / 255, 0, 1], dtype=dtype))
+    assert_close(d.variance, torch.zeros_like(d.variance))

@@ -40,14 +40,14 @@ def test_data_dependent_init(make_pair: MakePair, x: Tensor, batchnorm: bool) ->
     }
     assert outputs.keys() == convs
     assert sum(isinstance(m, nn.ConvTranspose2d) for m in convs) == 2
-    variances = {conv: y.var((0, 2, 3), correction=0) for conv, y in raw.items()}
+    variances = {conv: y.var((0, 2, 3)) for conv, y in raw.items()}
     assert sum(bool((v > 1e-3).all()) for v in variances.values()) > 0.8 * len(convs)
     first = dict(outputs)
     with Noise(noise), torch.no_grad():
         again = guide(x)
     for conv, y in outputs.items():
         mean = y.mean((0, 2, 3))
-        std = y.std((0, 2, 3), correction=0)
+        std = y.std((0, 2, 3))
         expected = 0.1 * (variances[conv] / (variances[conv] + 1e-5)).sqrt()
         assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-4)
         assert_close(std, expected, rtol=0, atol=1e-4)
@@ -57,11 +57,12 @@ def test_data_dependent_init(make_pair: MakePair, x: Tensor, batchnorm: bool) ->
     assert all(torch.isfinite(p).all() for m in (model, guide) for p in m.parameters())
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-def test_data_dependent_init_of_one_convolution(kind: Any) -> None:
-    """The weight is rescaled per output channel, the bias shifted, by the batch's moments."""
+def test_data_dependent_init_of_one_convolution(kind: Any, size: int) -> None:
+    """The weight is rescaled per output channel, the bias shifted, by the sample's moments."""
     conv = kind(3, 5, 3, padding=1)
-    x = 2 * feature_map(n=4, channels=3) + 1
+    x = 2 * feature_map(n=4, channels=3)[..., :size, :size] + 1
     with data_dependent_init(conv, std=0.25):
         weight = conv.weight.clone()
         assert torch.equal(conv.bias, torch.zeros(5))
@@ -69,7 +70,8 @@ def test_data_dependent_init_of_one_convolution(kind: Any) -> None:
     function = F.conv2d if kind is nn.Conv2d else F.conv_transpose2d
     before = function(x, weight, padding=1)
     mean = before.mean((0, 2, 3))
-    scale = 0.25 / (((before - mean.view(1, -1, 1, 1)) ** 2).mean((0, 2, 3)) + 1e-5).sqrt()
+    squares = ((before - mean.view(1, -1, 1, 1)) ** 2).sum((0, 2, 3))
+    scale = 0.25 / (squares / (4 * size**2 - 1) + 1e-5).sqrt()
     view = (-1, 1, 1, 1) if kind is nn.Conv2d else (1, -1, 1, 1)
     assert_close(conv.weight, weight * scale.view(view), check_stride=False)
     assert_close(conv.bias, -mean * scale)
@@ -86,6 +88,18 @@ def test_data_dependent_init_of_dead_channels() -> None:
     assert torch.equal(y, torch.zeros(4, 3, 5, 5))
     assert torch.isfinite(conv.weight).all()
     assert torch.equal(conv.bias, torch.zeros(3))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_data_dependent_init_by_a_single_value(kind: Any) -> None:
+    """One image of one pixel has no sample variance; it counts as 0."""
+    conv = kind(2, 3, 1)
+    x = feature_map(n=1, channels=2)[..., :1, :1]
+    with data_dependent_init(conv):
+        weight = conv.weight.clone()
+        assert torch.equal(conv(x), torch.zeros(1, 3, 1, 1))
+    assert_close(conv.weight, weight * 0.1 / 1e-5**0.5)
+    assert_close(conv(x).detach(), torch.zeros(1, 3, 1, 1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])

@@ -23,6 +23,12 @@ from tests.commands import run as run_command
 from tools import compare as command
 
 RESULTS = ROOT / "results"
+BINARY, LEVELS = "probability of 2 levels", "probability of 256 levels"
+DENSITY: dict[str, Any] = {
+    "likelihood": "gaussian",
+    "likelihood_kind": "density",
+    "bits_per_dim": {},
+}
 HERE = {"commit": "abc", "machine": "a GPU"}
 
 
@@ -39,6 +45,9 @@ def content(elbo: float, hundred: float | None = None, **changes: Any) -> dict[s
         "limit": None,
         "dataset": "digits",
         "split": "test",
+        "levels": 2,
+        "likelihood": "bernoulli",
+        "likelihood_kind": BINARY,
         "step": 800,
         "weights": "last",
         "seed": 0,
@@ -82,20 +91,23 @@ def test_the_table() -> None:
     evaluated(Path("runs/a"), content(23.25, layers=12, step=1200, weights="average", minutes=61.5))
     other = {"commit": "def", "machine": "a CPU, 2 threads"}
     colour = {"dataset": "cifar10", "limit": 1000, "n_images": 1000, "provenance": other}
+    colour |= {"levels": 256, "likelihood": "discr_log_mix", "likelihood_kind": LEVELS}
     evaluated(Path("runs/c"), content(7128.4, 7068.2, standard_error={"elbo": 15.2}, **colour))
     assert (
         compare([Path("runs/b"), Path("runs/a"), Path("runs/c")], Path("out"))
         == """\
 Negative bounds on the log-likelihood in nats ± standard error over the images (in brackets: \
-bits per dimension). Lower is better; the best bound on the same images is in bold.
+bits per dimension). Lower is better; the best bound on the same images with the same kind of \
+likelihood is in bold.
 
-| run    | data                  | layers | parameters |  step | weights |             ELBO |  100 samples |   KL | minutes | obtained on                                               |
-| ------ | --------------------- | -----: | ---------: | ----: | ------- | ---------------: | -----------: | ---: | ------: | --------------------------------------------------------- |
-| runs/b | digits                |      2 |     12,345 |   800 | last    |     23.50 ± 0.25 | 22.90 ± 0.25 | 4.50 |         | a GPU, commit abc                                         |
-| runs/a | digits                |     12 |     12,345 | 1,200 | average | **23.25 ± 0.25** |              | 4.50 |    61.5 | a GPU, commit abc                                         |
-| runs/c | cifar10, 1,000 images |      2 |     12,345 |   800 | last    | 7128 ± 15 (7.13) |  7068 (7.07) | 4.50 |         | a GPU, commit abc; scored on a CPU, 2 threads, commit def |
+| run    | data                  | likelihood    | layers | parameters |  step | weights |             ELBO |  100 samples |   KL | minutes | obtained on                                               |
+| ------ | --------------------- | ------------- | -----: | ---------: | ----: | ------- | ---------------: | -----------: | ---: | ------: | --------------------------------------------------------- |
+| runs/b | digits                | bernoulli     |      2 |     12,345 |   800 | last    |     23.50 ± 0.25 | 22.90 ± 0.25 | 4.50 |         | a GPU, commit abc                                         |
+| runs/a | digits                | bernoulli     |     12 |     12,345 | 1,200 | average | **23.25 ± 0.25** |              | 4.50 |    61.5 | a GPU, commit abc                                         |
+| runs/c | cifar10, 1,000 images | discr_log_mix |      2 |     12,345 |   800 | last    | 7128 ± 15 (7.13) |  7068 (7.07) | 4.50 |         | a GPU, commit abc; scored on a CPU, 2 threads, commit def |
 
-Rows with different images cannot be compared: digits; cifar10, 1,000 images.
+Rows with different images or kinds of likelihood cannot be compared: digits (2 levels), \
+probability of 2 levels; cifar10, 1,000 images (256 levels), probability of 256 levels.
 """  # noqa: E501
     )
     assert sorted(path.name for path in Path("out").iterdir()) == [
@@ -113,7 +125,8 @@ def test_the_files_hold_the_table_and_the_metrics() -> None:
     header, *lines = csv.reader(Path("comparison.csv").read_text().splitlines())
     bounds = [f"negative_bound_{k}_samples" for k in (5, 100, 1000)]
     assert header == [
-        *("run", "dataset", "split", "n_images", "limit", "seed"),
+        *("run", "dataset", "split", "n_images", "levels", "limit", "seed"),
+        *("likelihood", "likelihood_kind"),
         *("layers", "parameters", "step", "weights"),
         *(
             f"{name}{kind}"
@@ -164,9 +177,21 @@ def test_empty_columns_are_skipped() -> None:
         ({"limit": 297, "seed": 1}, {}, {1}),
         ({"elbo": 23.001}, {"elbo": 22.999}, {0, 1}),  # equal in the table
         ({"elbo": None}, {}, set()),
+        ({"levels": 256}, {}, set()),
+        (DENSITY, {}, set()),
+        (DENSITY, DENSITY, {1}),
+        ({"likelihood": "discr_log", "likelihood_kind": LEVELS}, {}, set()),
+        (
+            {"likelihood": "discr_log", "likelihood_kind": LEVELS},
+            {"likelihood": "discr_log_mix", "likelihood_kind": LEVELS},
+            {1},
+        ),
+        # Nothing is known about two files that do not name their likelihood.
+        ({"likelihood_kind": None}, {"likelihood_kind": None}, set()),
+        ({"levels": None}, {"levels": None}, set()),
     ],
 )
-def test_the_best_of_the_same_images_is_bold(
+def test_the_best_of_comparable_rows_is_bold(
     first: dict[str, Any], second: dict[str, Any], bold: set[int]
 ) -> None:
     runs = [scored("a", content(24.0) | first), scored("b", content(23.0) | second)]
@@ -174,6 +199,24 @@ def test_the_best_of_the_same_images_is_bold(
     assert column.best == bold
     cells = [line.strip("| ") for line in markdown([column]).splitlines()[2:]]
     assert [cell.startswith("**") for cell in cells] == [row in bold for row in (0, 1)]
+
+
+def test_a_density_is_not_the_best_of_probabilities() -> None:
+    """A negative bound of 8-bit images, which would be -1.74 bits per dimension."""
+    colour: dict[str, Any] = {"dataset": "cifar10", "levels": 256}
+    evaluated(Path("a"), content(-3706.0, **colour, **DENSITY))
+    discretized: dict[str, Any] = {"likelihood": "discr_log", "likelihood_kind": LEVELS}
+    for name, elbo in (("b", 13351.0), ("c", 13400.0)):
+        evaluated(Path(name), content(elbo, **colour, **discretized))
+    text = compare([Path("a"), Path("b"), Path("c")], Path())
+    assert row_of(text, "a")[2] == "gaussian (density)"
+    assert [row_of(text, name)[7] for name in "abc"] == [
+        *("-3706 ± 0", "**13351 ± 0 (13.35)**", "13400 ± 0 (13.40)")
+    ]
+    assert (
+        "cannot be compared: cifar10 (256 levels), density; cifar10 (256 levels), probability of "
+        "256 levels.\n" in text
+    )
 
 
 def test_a_file_may_lack_its_limit() -> None:
@@ -228,10 +271,10 @@ def test_the_metrics_in_results_are_read() -> None:
     seeds = [f"small-static-mnist/seed-{seed}-step-2000" for seed in (1, 2, 42)]
     paths = [RESULTS / seed / "bound.json" for seed in seeds]
     table = compare(paths, Path())
-    assert row_of(table, str(paths[1]))[6:10] == [
+    assert row_of(table, str(paths[1]))[7:11] == [
         *("**113.78 ± 0.80**", "**113.86 ± 0.83**", "104.87 ± 0.76", "35.63")
     ]
-    assert row_of(table, str(paths[2]))[8] == "**104.51 ± 0.80**"
+    assert row_of(table, str(paths[2]))[9] == "**104.51 ± 0.80**"
 
 
 # --- Refusals ---

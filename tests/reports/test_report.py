@@ -105,6 +105,9 @@ def results(**changes: Any) -> dict[str, Any]:
         "n_images": 10000,
         "dataset": "static_mnist",
         "split": "test",
+        "levels": 2,
+        "likelihood": "bernoulli",
+        "likelihood_kind": "probability of 2 levels",
         "step": 1500,
         "weights": "average",
         "layers": 3,
@@ -203,6 +206,14 @@ def test_the_pictures_that_exist_are_shown_in_order(run: Run) -> None:
         ("KL by layer", contents["kl.png"]),
     ]
     assert parsed.folded == ["Layer 3 (top)", "Layer 1 (bottom)"]
+
+
+def test_the_report_of_a_density(run: Run) -> None:
+    density = {"likelihood": "gaussian", "likelihood_kind": "density", "bits_per_dim": {}}
+    parsed = evaluated(run, results(**density))
+    assert ["negative bound", "nats", "std. error"] in parsed.rows
+    assert "gaussian, is a density of real pixel values" in parsed.text
+    assert "is a density" not in evaluated(run, results()).text
 
 
 def test_whatever_is_shown_is_escaped(

@@ -55,3 +55,7 @@ def test_the_summary_of_an_evaluation() -> None:
         "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.7 for 33.3% of the images",
     ]
     assert "k-hat" not in summary(Metrics.from_dict(content | {"pareto_k": None}))
+    density = {"likelihood": "gaussian", "likelihood_kind": "density", "bits_per_dim": {}}
+    lines = summary(Metrics.from_dict(content | density)).splitlines()
+    assert lines[0] == "| negative bound           | nats | std. error |"
+    assert lines[-1].startswith("note      The likelihood, gaussian, is a density")

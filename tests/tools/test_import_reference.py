@@ -53,6 +53,37 @@ def command(out: Path, weights: Path = WEIGHTS, *changes: str) -> list[str]:
     return [str(weights), *OPTIONS, *changes, "--step", "2000", "--out", str(out)]
 
 
+# --- Names of wrapped modules ---
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."]
+)
+def test_prefixes_of_wrappers_are_removed(prefix: str, tmp_path: Path) -> None:
+    """Of DataParallel and compiled modules, around the network and around its parts."""
+    weights = read_weights(WEIGHTS)
+    wrapped = {
+        prefix + name.replace(".net.", f".{prefix}net."): weight for name, weight in weights.items()
+    }
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    found = read_weights(tmp_path / "wrapped.pt")
+    assert list(found) == list(weights)
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+def test_weights_with_and_without_a_prefix_are_refused(tmp_path: Path) -> None:
+    weights = {"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}
+    torch.save(weights, tmp_path / "both.pt")
+    with pytest.raises(UserError, match="some weights twice"):
+        read_weights(tmp_path / "both.pt")
+
+
+def test_names_that_only_look_like_a_prefix_stay(tmp_path: Path) -> None:
+    weights = {"submodule.a": torch.zeros(1), "module_list.b": torch.ones(1)}
+    torch.save(weights, tmp_path / "weights.pt")
+    assert read_weights(tmp_path / "weights.pt").keys() == weights.keys()
+
+
 # --- The run folder ---
 
 

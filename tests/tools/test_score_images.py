@@ -36,6 +36,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def only(folder: Path, pattern: str) -> Path:
+    """The file with such a name."""
+    (path,) = folder.glob(pattern)
+    return path
+
+
 @pytest.mark.parametrize(("depth", "expected"), [(1, []), (2, [1]), (3, [1]), (12, [6])])
 def test_by_default_half_of_the_layers_are_drawn_from_their_priors(
     depth: int, expected: list[int]
@@ -70,20 +76,43 @@ def test_the_auroc_of_separating_two_sets(evaluated_copy: Path, tmp_path: Path) 
     )
     assert "Separating noise from digits: AUROC" in result.out
     folder = evaluated_copy / "eval" / "30"
-    names = [row["image"] for row in rows(folder / "scores-noise.csv")]
+    names = [row["image"] for row in rows(only(folder, "scores-noise-*.csv"))]
     assert names == sorted(path.name for path in (tmp_path / "noise").iterdir())
-    found = json.loads((folder / "auroc.json").read_text())
+    found = json.loads(only(folder, "auroc-digits-noise-*.json").read_text())
     assert (found["inliers"], found["outliers"]) == ("digits", "noise")
     for name, area in found["auroc"].items():
         inside, outside = (
-            np.array([float(row[name]) for row in rows(folder / f"scores-{which}.csv")])
-            for which in ("digits", "noise")
+            np.array([float(row[name]) for row in rows(only(folder, f"scores-{which}.csv"))])
+            for which in ("digits", "noise-*")
         )
         sign = 1 if name.startswith("llr") else -1
         above = (sign * outside[:, None] > sign * inside[None]).mean()
         assert area == pytest.approx(above)
-    assert (folder / "roc.png").exists()
+    assert only(folder, "roc-digits-noise-*.png").exists()
     assert 'alt="Out-of-distribution images"' in (folder / "report.html").read_text()
+
+
+def test_folders_with_the_same_name_have_files_of_their_own(
+    evaluated_copy: Path, tmp_path: Path
+) -> None:
+    """Also one that is called like a data set; another spelling of a path is the same folder."""
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        make_pictures(tmp_path / parent / "digits")
+    folder = evaluated_copy / "eval" / "30"
+    options = "--samples 2 --limit 3 --prior-layers 1"
+    scored(evaluated_copy, f"digits {options}")
+    result = scored(evaluated_copy, f"a/digits --against b/digits {options}")
+    assert "Separating b/digits from a/digits: AUROC" in result.out
+    assert len(list(folder.glob("scores-*.csv"))) == 3
+    assert "Separating" in scored(evaluated_copy, f"b/digits --against digits {options}").out
+    scored(evaluated_copy, f"{tmp_path}/b/../a/digits {options}")
+    assert len(list(folder.glob("scores-*.csv"))) == 3
+    assert len(list(folder.glob("auroc-*.json"))) == len(list(folder.glob("roc-*.png"))) == 2
+    report = (folder / "report.html").read_text()
+    assert report.count('alt="Out-of-distribution images"') == 2
+    line = refusal(score_images.main, evaluated_copy, *words("a/digits --against ./a/digits"))
+    assert "both sets are a/digits" in line
 
 
 @pytest.mark.parametrize(
@@ -92,7 +121,7 @@ def test_the_auroc_of_separating_two_sets(evaluated_copy: Path, tmp_path: Path) 
         ("", ["IMAGES"]),
         ("digits --prior-layers 2", ["--prior-layers is 2", "from 1 to 1"]),
         ("digits --prior-layers 0", ["--prior-layers is 0"]),
-        ("digits --against digits", ["both sets are called digits"]),
+        ("digits --against digits", ["both sets are digits"]),
         ("digits --samples 2 1", ["--samples is 2 1", "ascend"]),
         ("nowhere", ["no folder nowhere"]),
         ("cifar10", ["images (1, 8, 8)", "cifar10 are (3, 32, 32)"]),

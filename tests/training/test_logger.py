@@ -3,18 +3,23 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.durability import untimed_entries
+from datasets.images import ColourImages
+from elbo import FreeBitsELBO
+from guide import build_ladder
+from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.training import logger
-from ladder_vae.training.logger import Monitor, collapsed_layers
+from ladder_vae.training.logger import Logger, Monitor, collapsed_layers
 from runtime.errors import UserError
 from tests.tiny_runs import LADDER, train
 
@@ -161,6 +166,29 @@ def test_pictures_have_the_right_size(trained_run: Path, step: int) -> None:
             assert picture.format == "PNG"
             assert picture.mode == "RGB"
             assert picture.size == (8 * 58 + 2, 8 * 58 + 2)
+
+
+@pytest.mark.parametrize("likelihood", ["discr_log", "gaussian"])
+def test_a_density_has_no_bits_per_dimension(
+    likelihood: str,
+    tmp_path: Path,
+    tiny_config: Callable[..., RunConfig],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of 8-bit images, in metrics.jsonl and in the lines."""
+    config = tiny_config(dataset="cifar10", likelihood=likelihood, ll_samples=2)
+    levels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8)
+    images = ColourImages("cifar10", "test", (3, 32, 32), levels)
+    module: Any = FreeBitsELBO()(*build_ladder(config.ladder, images.shape))
+    with Monitor(tmp_path, 0, None) as monitor:
+        log = Logger(config, images, monitor, 0)
+        log.evaluation(1, module, lambda _: None)
+        log.bound(1, module, lambda _: None)
+    tags = {tag for entry in read_entries(tmp_path / "metrics.jsonl") for tag in entry}
+    in_bits = {"test/bits_per_dim", "test/negative_bound_2_samples_bits_per_dim"}
+    expected = set() if likelihood == "gaussian" else in_bits
+    assert {tag for tag in tags if "bits" in tag} == expected
+    assert capsys.readouterr().err.count("bits/dim") == len(expected)
 
 
 # --- Collapsed layers ---

@@ -38,8 +38,8 @@ class TopPrior(nn.Module):
             torch.zeros(1, 2 * z_channels, *size), requires_grad=learned
         )
 
-    def forward(self, n: int) -> dist.TorchDistribution:
-        return normal_from(self.mean_log_variance.expand(n, -1, -1, -1))
+    def forward(self, *batch: int) -> dist.TorchDistribution:
+        return normal_from(self.mean_log_variance.expand(*batch, -1, -1, -1))
 
 
 class ConditionalPrior(nn.Module):
@@ -136,9 +136,10 @@ class LadderModel(nn.Module):
             check_images(x, self.image_shape, device, likelihood=self.likelihood_name)
         register("model", self)
         depth = len(self.layers)
-        with pyro.plate("images", n if x is None else x.shape[-4], dim=-1) as images:
+        batch = (n,) if x is None else x.shape[:-3]
+        with pyro.plate("images", batch[-1], dim=-1):
             # p(z_L)
-            z = pyro.sample(f"z_{depth}", self.top_prior(len(images)))
+            z = pyro.sample(f"z_{depth}", self.top_prior(*batch))
             h = on_batches(self.layers[-1], z)
             for i in range(depth - 1, 0, -1):
                 # p(z_i | z_{>i}), by the feature map h_{i+1} of the layers above

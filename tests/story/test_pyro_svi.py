@@ -136,6 +136,7 @@ OPTIMIZERS: dict[str, tuple[Any, Callable[..., torch.optim.Optimizer]]] = {
 }
 
 
+@row("`pyro.optim`, `PyroOptim`")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_svi_takes_any_optimizer(make_pair: MakePair, x: Tensor, name: str) -> None:
     """Of Pyro, or of torch in a `PyroOptim`; with batch norm, in training mode."""

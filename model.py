@@ -11,7 +11,6 @@ ladder differs from that of Sønderby et al. in its skip connections and convolu
 in using free bits, with or without an annealed KL (see `elbo.py`).
 """
 
-from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -41,7 +40,7 @@ class TopPrior(nn.Module):
             torch.zeros(1, 2 * z_channels, *size), requires_grad=learned
         )
 
-    def forward(self, batch: Sequence[int]) -> dist.TorchDistribution:
+    def forward(self, *batch: int) -> dist.TorchDistribution:
         return normal_from(self.mean_log_variance.expand(*batch, -1, -1, -1))
 
 
@@ -142,7 +141,7 @@ class LadderModel(nn.Module):
         batch = (n,) if x is None else x.shape[:-3]
         with pyro.plate("images", batch[-1], dim=-1):
             # p(z_L)
-            z = pyro.sample(f"z_{depth}", self.top_prior(batch))
+            z = pyro.sample(f"z_{depth}", self.top_prior(*batch))
             h = on_batches(self.layers[-1], z)
             for i in range(depth - 1, 0, -1):
                 # p(z_i | z_{>i}), from the feature map h_{i+1} of the layer above

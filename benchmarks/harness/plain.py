@@ -26,7 +26,7 @@ def ladder_terms(model: LadderModel, guide: LadderGuide, x: Tensor) -> tuple[Ten
     h = None
     for i in range(depth, 0, -1):
         if h is None:
-            prior = model.top_prior((len(x),))
+            prior = model.top_prior(len(x))
             posterior = guide.top_posterior(features[i - 1])
         else:
             prior = model.priors[i - 1](h)

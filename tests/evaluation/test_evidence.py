@@ -346,7 +346,7 @@ def prior_of(solved: Solved, z_2: Tensor | None) -> tuple[Tensor, Tensor]:
     double = copy.deepcopy(solved.model).double()
     with torch.no_grad():
         if z_2 is None:
-            prior = double.top_prior((1,))
+            prior = double.top_prior(1)
         else:
             prior = double.priors[0](double.layers[1](z_2[:, :, None, None], None))
     normal = prior.base_dist

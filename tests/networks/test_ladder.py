@@ -177,7 +177,7 @@ def test_any_image_size(
 def test_top_prior(make_pair: MakePair, x: Tensor, learned: bool) -> None:
     """Standard normal initially; learned or fixed."""
     prior = TopPrior(3, (2, 4), learned=learned)
-    normal: Any = prior((5,))
+    normal: Any = prior(5)
     assert (normal.batch_shape, normal.event_shape) == ((5,), (3, 2, 4))
     assert torch.equal(normal.base_dist.loc, torch.zeros(5, 3, 2, 4))
     assert torch.equal(normal.base_dist.scale, torch.ones(5, 3, 2, 4))

@@ -171,7 +171,7 @@ def test_readme_is_short() -> None:
 
 def test_the_program_of_the_readme_runs() -> None:
     """As a reader runs it, in a process of its own."""
-    (program,) = blocks(PAGES["README.md"], "python")
+    program = "".join(blocks(PAGES["README.md"], "python"))
     program += "\nassert kl.shape == (16, 3)\nassert samples.shape == (4, 1, 28, 28)"
     program += "\nassert all(p.grad is not None for p in loss_fn.parameters() if p.requires_grad)"
     command = [sys.executable, "-c", program]
@@ -187,12 +187,19 @@ def test_the_snippets_of_the_pyro_page_run() -> None:
     assert found["prior"]["x"].shape == (3, 4, 1, 28, 28)
     assert found["posterior"]["z_1"].shape[:2] == (3, 16)
     assert found["reconstruction"].shape == (1, 16, 1, 28, 28)
+    assert found["replicates"].shape == (3, 16, 1, 28, 28)
     assert found["drawn"]["z_3"].equal(found["z"]["z_3"])
     assert not found["drawn"]["z_1"].equal(found["z"]["z_1"])
     assert not found["terms"].kl[:, :2].any()
     assert found["terms"].kl[:, 2].all()
-    for name in ("loss", "negative_elbo", "log_joint", "bound", "evidence"):
+    for name in ("loss", "negative_elbo", "log_joint", "bound", "evidence", "wake_phi"):
         assert torch.isfinite(torch.as_tensor(found[name])), name
+
+
+def test_pyros_standard_loop_is_the_same_on_both_pages() -> None:
+    (loop,) = (block for block in blocks(PAGES["README.md"], "python") if "svi.step" in block)
+    assert len(loop.splitlines()) == 5
+    assert loop in blocks(PAGES["docs/pyro.md"], "python")
 
 
 def test_python_is_on_tested_pages_only() -> None:

@@ -33,6 +33,7 @@ from ladder_vae.runs.command_line import (
     as_user_errors,
     config_from,
     given_options,
+    with_lengths,
 )
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
@@ -158,7 +159,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Train a ladder VAE by stochastic variational inference.",
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/...)")
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in RUN")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue the run in RUN; a length replaces all of its lengths",
+    )
     parser.add_argument("--dry-run", action="store_true", help="train, but write nothing to disk")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
@@ -190,7 +196,7 @@ def prepare(
     if arguments.resume is not None:
         if arguments.preset or arguments.out or arguments.dry_run:
             raise UserError("--resume cannot be combined with --preset, --out or --dry-run")
-        changes = given_options(arguments)
+        changes = with_lengths(given_options(arguments))
         return resume(
             arguments.resume, device=device, data_dir=data_dir, changes=changes, ranks=ranks
         )

@@ -16,6 +16,7 @@ from runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
@@ -48,6 +49,20 @@ def new_chart(
     axes.set_prop_cycle(color=COLOURS)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def label_plainly(axis: "Axis") -> None:
+    """Label a logarithmic axis by numbers such as 21, not 2.1 times a power of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Labels the ticks that `LogFormatter` chooses."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
 
 
 def write_figure(path: Path, figure: "Figure") -> None:

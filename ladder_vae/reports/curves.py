@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ladder_vae.reports.charts import COLOURS, INK, new_chart
+from ladder_vae.reports.charts import COLOURS, INK, label_plainly, new_chart
 from ladder_vae.runs.metrics_log import Entry, held_out_split
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def _drawn(
         axes.plot(curve.steps, curve.values, marker=marker, ms=3.5, lw=1.6, color=colour)
     if log:
         axes.set_yscale("log")
+        label_plainly(axes.yaxis)
     if from_zero:
         axes.set_ylim(bottom=0)
     if zoomed:

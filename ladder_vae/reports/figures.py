@@ -99,13 +99,16 @@ _CHARTS = [
         "kl.png",
         "KL by layer",
         "How much each layer encodes about an image: the KL between its posterior and prior in "
-        "nats, averaged over the images. A layer with a KL near 0 is not used.",
+        "nats, averaged over the images and the importance samples. A layer with a KL near 0 is "
+        "not used.",
         chart=True,
     ),
     Picture(
         "kl_maps.png",
         "KL by position",
-        "The same KL at each position of the layer's feature map, summed over channels.",
+        "The KL at each position of the layer's feature map, summed over channels. It is another "
+        f"estimate, in closed form for one draw of the layers above and at most {_KL_IMAGES:,} "
+        "images, so its total differs slightly from that of the KL by layer.",
         chart=True,
     ),
     Picture(

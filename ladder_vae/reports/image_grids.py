@@ -245,8 +245,9 @@ def draw_kl_maps(path: Path, maps: Sequence[Tensor]) -> None:
     columns = min(_MAPS_PER_ROW, len(maps))
     rows = math.ceil(len(maps) / columns)
     caption = (
-        "Nats at each position, summed over channels and averaged over images. Each layer has its "
-        "own scale."
+        "Nats at each position, summed over channels and averaged over images: in closed form for "
+        "one draw of the layers above. The KL by layer averages over the importance samples "
+        "instead, so the totals differ slightly. Each layer has its own scale."
     )
     page, draw, top = _new_page(
         f"KL by position: {sum(m.sum().item() for m in maps):.2f} nats in total",

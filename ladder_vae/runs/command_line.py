@@ -21,6 +21,7 @@ _FLAGS = {
     "free_bits": ("--freebits",),
     "weight_decay": ("--wd",),
 }
+_LENGTHS: dict[str, Any] = {"steps": 0, "epochs": 0, "max_minutes": 0.0}
 _LIKELIHOOD_HELP = (
     "distribution of x given z; auto is bernoulli for binary images and discr_log_mix for 8-bit "
     "ones"
@@ -67,7 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="a named configuration; other options override it",
+        help="a named configuration; other options override it, and a length replaces its length",
     )
     add_run_options(parser)
 
@@ -104,15 +105,25 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Fi
     group.add_argument(*_flags(name), **settings)
 
 
+def with_lengths(options: dict[str, Any]) -> dict[str, Any]:
+    """The given options; a length among them switches off the lengths that are not."""
+    if options.keys() & _LENGTHS.keys():
+        return _LENGTHS | options
+    return options
+
+
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that the command line sets, by name."""
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
 def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the given options."""
+    """The defaults, overridden by the preset, overridden by the given options.
+
+    A given length replaces all lengths of the preset.
+    """
     preset = PRESETS[arguments.preset] if arguments.preset else {}
-    return config_of(preset | given_options(arguments))
+    return config_of(preset | with_lengths(given_options(arguments)))
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:

@@ -17,6 +17,11 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, image, scalar, text
 
+# What TensorBoard shows above a picture, instead of its tag.
+_DISPLAY_NAMES = {
+    "reconstructions": "reconstructions (rows 1, 3, ...: originals; below each: reconstructions)"
+}
+
 
 def event_path(folder: Path) -> Path:
     """The path of a new event file; TensorBoard reads event files in the order of their names."""
@@ -43,6 +48,9 @@ def scalars(step: int, values: Mapping[str, float | None], when: float) -> bytes
 def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
     """A picture: a tensor or array whose dimensions have the order `dataformats`."""
     summary = image(name, pixels, dataformats=dataformats)
+    if name in _DISPLAY_NAMES:
+        for value in summary.value:
+            value.metadata.display_name = _DISPLAY_NAMES[name]
     return _record(wall_time=time.time(), step=step, summary=summary)
 
 

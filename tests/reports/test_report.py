@@ -377,6 +377,29 @@ def test_a_long_curve_is_averaged_over_intervals() -> None:
     assert (short.steps, short.values) == ([0.0, 1.0, 2.0], [0.0, 1.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ((18.0, 24.0), {"18", "20", "22", "24"}),
+        ((0.5, 500.0), {"1", "10", "100"}),
+        ((0.02, 0.05), {"0.02", "0.03", "0.04", "0.05"}),
+        ((900.0, 40_000.0), {"1,000", "10,000"}),
+    ],
+)
+def test_logarithmic_axes_have_plain_numbers(
+    norms: tuple[float, float], expected: set[str]
+) -> None:
+    """21, not 2.1 times ten to the first."""
+    entries = [
+        training_entry(step) | {"train/gradient_norm": norm}
+        for step, norm in zip((50, 100), norms, strict=True)
+    ]
+    (chart,) = [chart for chart in learning_curves(entries) if chart.title == "Gradient norm"]
+    words = {text.text for text in ElementTree.fromstring(chart.svg).iter() if text.text}
+    assert expected <= words
+    assert not any("\N{MULTIPLICATION SIGN}" in word for word in words)
+
+
 def test_charts_are_labelled() -> None:
     entries = [training_entry(step) for step in (50, 100)]
     entries += [{"step": step, "test/negative_bound_100_samples": 80.0} for step in (50, 100)]

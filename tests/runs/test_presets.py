@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import train_svi
 from datasets.images import ColourImages, ImageSet, PackedImages
+from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.presets import PRESETS
 
@@ -31,6 +32,26 @@ def made_images(name: str, split: str, data_dir: object) -> ImageSet:
 @pytest.fixture(autouse=True)
 def random_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load", made_images)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", (800, 0, 0)),
+        ("--lr 1e-3", (800, 0, 0)),
+        ("--epochs 200", (0, 200, 0)),
+        ("--max-minutes 1.5", (0, 0, 1.5)),
+        ("--steps 9", (9, 0, 0)),
+        ("--steps 9 --epochs 2", (9, 2, 0)),
+    ],
+)
+def test_a_given_length_replaces_that_of_the_preset(
+    given: str, expected: tuple[int, int, float]
+) -> None:
+    parser = OneLineParser()
+    add_options(parser)
+    config = config_from(parser.parse_args(["--preset", "digits", *given.split()]))
+    assert (config.steps, config.epochs, config.max_minutes) == expected
 
 
 def train(preset: str, folder: Path) -> None:

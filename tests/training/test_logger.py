@@ -105,6 +105,25 @@ def test_tensorboard_shows_scalars_pictures_and_configuration(events: Any) -> No
     assert shown.count("\n") == 2 + len(RunConfig.of().options())
 
 
+def test_tensorboard_says_which_rows_are_originals(trained_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    (path,) = trained_run.glob("events.out.tfevents.*")
+    titles = {
+        (value.tag, value.metadata.display_name)
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "images"
+    }
+    assert titles == {
+        ("samples", "samples"),
+        (
+            "reconstructions",
+            "reconstructions (rows 1, 3, ...: originals; below each: reconstructions)",
+        ),
+    }
+
+
 def test_tensorboard_shows_hyperparameters(events: Any) -> None:
     """The options stand beside the test ELBO in the table of runs."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData

@@ -103,6 +103,14 @@ def test_steps_after_the_checkpoint_are_logged_once() -> None:
 # --- What may change ---
 
 
+def test_a_given_length_replaces_those_of_a_resumed_run(trained_copy: Path) -> None:
+    """30 steps; an epoch has 46, and the last checkpoint is of step 30."""
+    assert train("--resume", trained_copy, *"--epochs 1 --device cpu".split()) == 0
+    config = Run.open(trained_copy).config
+    assert (config.steps, config.epochs, config.max_minutes) == (0, 1, 0)
+    assert read_entries(trained_copy / "metrics.jsonl")[-1]["step"] == 1500 // 32
+
+
 def test_a_finished_run_is_not_resumed(trained_copy: Path) -> None:
     before = content(trained_copy)
     for options in ([], ["--steps", 30], ["--steps", 5]):

@@ -1,5 +1,6 @@
-"""Writing files that an interruption leaves complete or unchanged, and errors in one line."""
+"""Files: an interruption leaves them complete or unchanged, and every error is one line."""
 
+import fcntl
 import json
 import math
 import os
@@ -12,6 +13,37 @@ from typing import Any, BinaryIO
 from runtime.errors import UserError
 
 
+def path_argument(text: str) -> Path:
+    """The path in a command-line argument; ~ is the home folder, as in `--out=~/runs`."""
+    return Path(os.path.expanduser(text))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder.
+
+    Raises `UserError` if the file system does not say, as without permission for the folder.
+    """
+    try:
+        with reading(path):
+            path.stat()
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return False
+        raise
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder in order; none if there is no such folder.
+
+    Raises `UserError` if the folder cannot be read.
+    """
+    if not exists(folder):
+        return []
+    with reading(folder):
+        return sorted(os.listdir(folder))
+
+
 @contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path` to write to; deleted at the end unless it was renamed.
@@ -19,13 +51,25 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
     # Not `tempfile`: its files are private to the user, and data and runs are often shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with writing(path), temporary.open("xb") as file:
-            yield file
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with writing(path):
+        file = _new_partial_file(path)
+        try:
+            with file:
+                yield file
+        finally:
+            with suppress(OSError):
+                os.unlink(file.name)
+
+
+def _new_partial_file(path: Path) -> BinaryIO:
+    """A new file beside `path`, locked while it is written."""
+    while True:
+        file = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part").open("xb")
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # or another process removed it before it was locked
+            return file
+        file.close()
 
 
 @contextmanager
@@ -45,8 +89,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turn a failure to read `path` into a `UserError`."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error})") from error
 
@@ -70,9 +114,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder and its subfolders."""
+    """Delete the temporary files that killed processes left in a folder and its subfolders.
+
+    A file that a process is writing stays, and so does one that cannot be deleted.
+    """
     for path in folder.rglob(".*.part"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -101,6 +150,11 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, lambda file: file.write(f"{to_json(value, indent=2)}\n".encode()))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically; escapes what of a file's name is not UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 class AppendedFile:

@@ -50,25 +50,26 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
-    # Not `tempfile`: its files are private to the user, and data and runs are often shared.
     with writing(path):
-        file = _new_partial_file(path)
+        temporary, file = _new_partial_file(path)
         try:
             with file:
                 yield file
         finally:
             with suppress(OSError):
-                os.unlink(file.name)
+                temporary.unlink(missing_ok=True)
 
 
-def _new_partial_file(path: Path) -> BinaryIO:
+def _new_partial_file(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `path`, locked while it is written."""
     while True:
-        file = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part").open("xb")
+        # Not `tempfile`: its files are private to the user, and data and runs are often shared.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        file = temporary.open("xb")
         with suppress(OSError):  # some file systems have no locks
             fcntl.lockf(file, fcntl.LOCK_EX)
         if os.path.exists(file.name):  # or another process removed it before it was locked
-            return file
+            return temporary, file
         file.close()
 
 

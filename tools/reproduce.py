@@ -60,7 +60,14 @@ from ladder_vae.training.resume import changed_config
 from ladder_vae.training.trainer import Trainer
 from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.errors import UserError, run_command
-from runtime.files import exists, names_in, path_argument, read_json, remove_partial_files
+from runtime.files import (
+    exists,
+    names_in,
+    path_argument,
+    read_json,
+    remove_partial_files,
+    writing,
+)
 
 # --minutes or --steps determines the length.
 _LENGTHS = {"epochs": 0, "max_minutes": 0.0}
@@ -187,6 +194,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> int:
         remove_partial_files(folder)
         if set(names_in(folder)) - {"run"} or not is_empty(path):
             raise UserError(f"{folder} is not an empty folder; give a new folder to --out")
+        with writing(folder):  # before the rate is measured, which takes a while
+            folder.mkdir(parents=True, exist_ok=True)
         steps = chosen_steps(arguments, device)
         config = fitted_config(preset_options(arguments), steps)
         print(f"training    {steps:,} steps", flush=True)

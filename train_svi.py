@@ -7,10 +7,10 @@
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
 Ctrl-C finishes the current step, writes a checkpoint and exits, and so do SIGTERM, SIGUSR1 and,
-except under nohup, SIGHUP. --resume continues an interrupted run from its last checkpoint and gives
-the same result as an uninterrupted one. Exit codes: 0 when the run has reached its length, 128 + N
-after signal N, 1 if training diverged, 2 for a mistake in the command or the files, 3 for any other
-failure.
+except under nohup, SIGHUP. --resume continues an interrupted run from its last checkpoint; on the
+CPU the result equals that of an uninterrupted run, bit for bit. Exit codes: 0 when the run has
+reached its length, 128 + N after signal N, 1 if training diverged, 2 for a mistake in the command
+or the files, 3 for any other failure.
 """
 
 import argparse
@@ -83,10 +83,10 @@ def begin(
     ranks: Ranks = ONE_PROCESS,
     numbered: bool = False,
 ) -> tuple[Trainer, Run | None]:
-    """A new run in the folder `path`, ready to train; with None nothing is written.
+    """A new run in the folder `path`, ready to train; if `path` is None, nothing is written.
 
-    With `numbered`, a number is appended to the folder's name if there is such a folder. Where
-    several processes share the work, only the first one gets the run folder.
+    With `numbered`, a number is appended to the folder's name if the folder exists. If several
+    processes share the work, only the first one gets the `Run`.
     """
     trainer = build_trainer(config, device, data_dir, ranks)
     trainer.initialise()
@@ -119,7 +119,7 @@ def resume(
     stored: StoredRun | None = None
     lock: Lock | None = None
     with ranks.together():
-        if ranks.is_first:  # reads for all
+        if ranks.is_first:  # one process reads, for all
             lock = Run.open(path).locked().lock
             stored = StoredRun.open(
                 path, changes, device if ranks.size == 1 else torch.device("cpu")
@@ -159,7 +159,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", type=path_argument, metavar="RUN", help="continue the run in RUN"
     )
-    parser.add_argument("--dry-run", action="store_true", help="write nothing to disk")
+    parser.add_argument("--dry-run", action="store_true", help="train, but write nothing to disk")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
@@ -179,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(
     arguments: argparse.Namespace, ranks: Ranks = ONE_PROCESS
 ) -> tuple[Trainer, Run | None]:
-    """The new or resumed run that the command line asks for, ready to train."""
+    """Begin or resume the run that the command line describes; returns it ready to train."""
     launch = Launch.of_environment()
     check_launch(arguments, launch, ranks)
     with ranks.together():
@@ -239,7 +239,7 @@ def default_folder(config: RunConfig, preset: str | None) -> Path:
 
 
 def describe(trainer: Trainer, run: Run | None) -> None:
-    """Print what is trained, and where."""
+    """Print the size of the network, the device, the data and the run folder."""
     config, length, ranks = trainer.config, trainer.length, trainer.ranks
     place = f"{trainer.device}" if ranks.size == 1 else f"{ranks.size} x {trainer.device.type}"
     print(

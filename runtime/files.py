@@ -1,4 +1,4 @@
-"""Files: an interruption leaves them complete or unchanged, and every error is one line."""
+"""Reading and writing files: an interruption leaves no half-written file, errors are one line."""
 
 import fcntl
 import json
@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from runtime.errors import UserError
+
+
+def utf_8(text: str) -> str:
+    """`text` with escapes for what is not UTF-8, as in the name of a file."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def path_argument(text: str) -> Path:
@@ -46,7 +51,7 @@ def names_in(folder: Path) -> list[str]:
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` to write to; deleted at the end unless it was renamed.
+    """A new temporary file beside `path`, deleted at the end unless it was renamed.
 
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
@@ -63,7 +68,8 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 def _new_partial_file(path: Path) -> tuple[Path, BinaryIO]:
     """A new file beside `path`, locked while it is written."""
     while True:
-        # Not `tempfile`: its files are private to the user, and data and runs are often shared.
+        # `tempfile` would make files that only the user may read, but data and runs are often
+        # shared.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         file = temporary.open("xb")
         with suppress(OSError):  # some file systems have no locks
@@ -154,12 +160,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically; escapes what of a file's name is not UTF-8."""
-    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
+    """Write `utf_8(text)`, atomically."""
+    write_atomically(path, lambda file: file.write(utf_8(text).encode()))
 
 
 class AppendedFile:
-    """A file to append records to; a record that does not fit on the disk leaves no trace."""
+    """A file to append records to; a record that does not fit on the disk is not written at all."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)

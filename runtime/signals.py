@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-# Under torchrun the same signal may arrive twice: once from the sender, who signals all processes,
-# and once from torchrun, which forwards its own. A second one within this time is ignored.
+# Under torchrun a signal may arrive twice: from the sender, for example Ctrl-C in a terminal, which
+# signals all processes, and from torchrun, which forwards it. A second one within this time is
+# ignored.
 _SAME_SIGNAL = 2.0  # seconds
 
 

@@ -1,8 +1,8 @@
 """Records of TensorBoard's event files, as bytes.
 
-`SummaryWriter` writes from a thread of its own: a full disk ends that thread with a traceback, and
-a killed run loses the records that it has not written yet. The logger therefore appends these
-records to the file itself.
+`SummaryWriter` writes from its own thread: a full disk ends that thread with a traceback, and a
+killed run loses the records that the thread has not written yet. The logger therefore appends the
+records to the event file without it.
 """
 
 import io
@@ -16,6 +16,8 @@ from typing import Any
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, image, scalar, text
+
+from runtime.files import utf_8
 
 
 def event_path(folder: Path) -> Path:
@@ -48,6 +50,10 @@ def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
 
 def configuration(values: Mapping[str, Any], metric: str) -> bytes:
     """Options, as text and as hyper-parameters beside the scalar `metric`."""
+    # Text of the command line that is not UTF-8 is escaped.
+    values = {
+        name: utf_8(value) if isinstance(value, str) else value for name, value in values.items()
+    }
     rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
     shown = text("configuration", f"| option | value |\n|---|---|\n{rows}")
     plain = {

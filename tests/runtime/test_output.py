@@ -4,7 +4,6 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def start(
     folder: Path,
     redirection: str = "",
     *,
-    env: Mapping[str, str] = {},
+    env: dict[str, str] = {},  # noqa: B006
     stdout: int | None = None,
     stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:

@@ -29,10 +29,13 @@ from ladder_vae.reports.figures import draw_album, draw_charts
 from ladder_vae.reports.html import weights_in_words, write_evaluation_report
 from ladder_vae.reports.tables import summary
 from ladder_vae.runs.command_line import OneLineParser, as_user_errors
-from runtime.device import choose_device, keep_freed_memory
+from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
 from runtime.errors import UserError, run_command
-from runtime.files import write_json
+from runtime.files import path_argument, write_json
+
+# What to do after an interruption, or after one of several processes has died.
+ADVICE = "; the same command continues the evaluation"
 
 
 def evaluate(
@@ -148,7 +151,7 @@ def random_seed(text: str) -> int:
 
 def add_ladder_options(parser: argparse.ArgumentParser) -> None:
     """Add RUN and the options that choose checkpoint, images, device and output folder."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_svi.py")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder of train_svi.py")
     parser.add_argument(
         "--checkpoint",
         default="last",
@@ -169,7 +172,7 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="FOLDER",
         help="where to write (default: RUN/eval/STEP, or RUN/eval/STEP-SPLIT if the split is not "
         "test)",
@@ -199,8 +202,8 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
+        type=path_argument,
+        default=os.environ.get("LVAE_DATA", "data"),
         help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
 
@@ -299,8 +302,8 @@ def print_results(ladder: Ladder, results: dict[str, Any], folder: Path) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     keep_freed_memory()
-    advice = "; the same command resumes the evaluation"
-    with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
+    memory = enough_memory("give a smaller number to --batch-size")
+    with pyro.validation_enabled(False), joined_ranks(ADVICE) as ranks, memory:
         ladder = load_ladder(arguments, ranks.local_rank)
         folder = output_folder(arguments, ladder)
         given = arguments.temperature
@@ -323,4 +326,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, ADVICE)

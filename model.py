@@ -11,7 +11,6 @@ ladder differs from that of Sønderby et al. in its skip connections and convolu
 in using free bits, with or without an annealed KL (see `elbo.py`).
 """
 
-
 import pyro
 import pyro.distributions as dist
 import torch

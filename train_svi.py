@@ -6,16 +6,18 @@
     torchrun --nproc-per-node 8 train_svi.py --preset celeba-20 --out runs/celeba-20
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
-Ctrl-C finishes the current step, writes a checkpoint and exits. --resume continues an interrupted
-run from its last checkpoint; on the CPU the result equals that of an uninterrupted run, bit for
-bit. Exit codes: 0 when the run has reached its length, 128 + N after signal N, 1 if training
-diverged, 2 for a mistake in the command or the files.
+Ctrl-C finishes the current step, writes a checkpoint and exits, and so do SIGTERM, SIGUSR1 and,
+except under nohup, SIGHUP. --resume continues an interrupted run from its last checkpoint; on the
+CPU the result equals that of an uninterrupted run, bit for bit. Exit codes: 0 when the run has
+reached its length, 128 + N after signal N, 1 if training diverged, 2 for a mistake in the command
+or the files, 3 for any other failure.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,12 +42,15 @@ from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.data_parallel import check_batch_size
 from ladder_vae.training.resume import StoredRun, is_finished
-from ladder_vae.training.signals import Interruption
 from ladder_vae.training.trainer import Diverged, Trainer, train
-from runtime.device import choose_device, keep_freed_memory
+from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.distributed import ONE_PROCESS, Launch, Ranks, joined_ranks
 from runtime.errors import UserError, run_command
-from runtime.files import remove_partial_files
+from runtime.files import path_argument, remove_partial_files
+from runtime.locks import Lock
+from runtime.signals import Interruption
+
+MEMORY_ADVICE = "give a smaller --batch-size, or --test-batch-size if it was an evaluation"
 
 
 def build_trainer(
@@ -90,19 +95,21 @@ def begin(
     device: torch.device,
     data_dir: Path,
     ranks: Ranks = ONE_PROCESS,
+    numbered: bool = False,
 ) -> tuple[Trainer, Run | None]:
     """A new run in the folder `path`, ready to train; if `path` is None, nothing is written.
 
-    If several processes share the work, only the first one gets the `Run`.
+    With `numbered`, a number is appended to the folder's name if the folder exists. If several
+    processes share the work, only the first one gets the `Run`.
     """
     trainer = build_trainer(config, device, data_dir, ranks)
     trainer.initialise()
+    trainer.prepare()
     run = None
     with ranks.together():
         if ranks.is_first and path is not None:
             origin = provenance(device, ranks.size) | Launch.of_environment().provenance()
-            run = Run.create(path, config, trainer.images.shape, origin)
-    trainer.prepare()
+            run = Run.create(path, config, trainer.images.shape, origin, numbered=numbered)
     return trainer, run
 
 
@@ -121,17 +128,19 @@ def resume(
     Args:
         changes: options to change, by name; see `CHANGEABLE` in training/resume.py.
 
-    Raises `UserError` if the run is finished or cannot be resumed.
+    Raises `UserError` if the run is finished, cannot be resumed, or is trained by another process.
     """
     stored: StoredRun | None = None
+    lock: Lock | None = None
     with ranks.together():
         if ranks.is_first:  # one process reads, for all
+            lock = Run.open(path).locked().lock
             stored = StoredRun.open(
                 path, changes, device if ranks.size == 1 else torch.device("cpu")
             )
     stored = ranks.share(stored)
     assert stored is not None
-    run = stored.run
+    run = replace(stored.run, lock=lock)
     trainer = build_trainer(run.config, device, data_dir, ranks)
     if stored.state is None:
         trainer.initialise()
@@ -147,7 +156,7 @@ def resume(
                     "--steps, --epochs or --max-minutes"
                 )
             stored.report()
-            remove_partial_files(path)
+            remove_partial_files(run.path)
             run.write_config()
     trainer.prepare()
     return trainer, run
@@ -158,10 +167,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="train_svi.py",
         description="Train a ladder VAE by stochastic variational inference.",
     )
-    parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/...)")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="RUN", help="run folder (default: runs/...)"
+    )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=path_argument,
         metavar="RUN",
         help="continue the run in RUN; a length replaces all of its lengths",
     )
@@ -174,8 +185,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
+        type=path_argument,
+        default=os.environ.get("LVAE_DATA", "data"),
         help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
     add_options(parser)
@@ -204,7 +215,8 @@ def prepare(
         return resume(arguments.out, device=device, data_dir=data_dir, ranks=ranks)
     config = config_from(arguments)
     path = None if arguments.dry_run else arguments.out or default_folder(config, arguments.preset)
-    return begin(config, path, device=device, data_dir=data_dir, ranks=ranks)
+    numbered = arguments.out is None
+    return begin(config, path, device=device, data_dir=data_dir, ranks=ranks, numbered=numbered)
 
 
 def check_launch(arguments: argparse.Namespace, launch: Launch, ranks: Ranks) -> None:
@@ -264,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with joined_ranks("; --resume continues from the newest checkpoint") as ranks:
         arguments = parse_arguments(argv)
         with pyro.validation_enabled(False):
-            return train_to_the_end(*prepare(arguments, ranks))
+            with enough_memory(MEMORY_ADVICE):
+                trainer, run = prepare(arguments, ranks)
+            return train_to_the_end(trainer, run)
 
 
 def train_to_the_end(trainer: Trainer, run: Run | None) -> int:
@@ -272,15 +286,24 @@ def train_to_the_end(trainer: Trainer, run: Run | None) -> int:
     ranks, code = trainer.ranks, 0
     if ranks.is_first:
         describe(trainer, run)
-    with Interruption(trainer.clock.agree if ranks.size > 1 else None) as signals:
-        try:
-            train(trainer, run, signals)
-        except Diverged as diverged:
-            code = 1
-            if ranks.is_first:
-                print(f"error: {diverged}", file=sys.stderr)
-        # Wait for all: torchrun kills the others as soon as one exits with a code other than 0.
-        ranks.collect(None)
+    try:
+        with Interruption(trainer.clock.agree if ranks.size > 1 else None) as signals:
+            try:
+                with enough_memory(MEMORY_ADVICE):
+                    train(trainer, run, signals)
+            except Diverged as diverged:
+                code = 1
+                if ranks.is_first:
+                    print(f"error: {diverged}", file=sys.stderr)
+            # torchrun ends all processes as soon as one has exited with another code than 0.
+            ranks.collect(None)
+    except BaseException:
+        if run is not None and run.is_new and trainer.step == 0:
+            run.discard()  # so that the same command can start again
+        raise
+    finally:
+        if run is not None:
+            run.release()
     return code if signals.signal is None else 128 + signals.signal
 
 

@@ -41,11 +41,11 @@ from ladder_vae.runs import metrics_log
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
-from ladder_vae.training.signals import Interruption
 from ladder_vae.training.trainer import train
 from runtime.device import keep_freed_memory
 from runtime.errors import UserError, run_command
 from runtime.files import write_json
+from runtime.signals import Interruption
 
 RESULT = RESULTS / "learning.json"
 PICTURE = RESULT.with_suffix(".png")

@@ -35,8 +35,8 @@ from ladder_vae.networks.initialization import data_dependent_init
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance
+from ladder_vae.training.clock import Clock
 from ladder_vae.training.data_parallel import Replicas
-from ladder_vae.training.signals import Clock
 from ladder_vae.training.svi import SVI
 from runtime.device import keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks

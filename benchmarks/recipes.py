@@ -36,10 +36,10 @@ from ladder_vae.runs.metrics_log import finite_entries, newest
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
-from ladder_vae.training.signals import Interruption
 from ladder_vae.training.trainer import train
 from runtime.errors import run_command
 from runtime.files import write_json
+from runtime.signals import Interruption
 
 RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")

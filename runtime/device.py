@@ -2,6 +2,9 @@
 
 import ctypes
 import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -31,6 +34,26 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             found = f"finds only {count} GPU{'s' * (count > 1)}" if count else "finds no GPU"
             raise UserError(f"--device is {name!r} but PyTorch {found}; use --device cpu")
     return device
+
+
+# What PyTorch, oneDNN and C++ say if there is not enough main memory. PyTorch has no type for it.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|bad_alloc|could not create a memory object|Cannot allocate memory"
+    "|Storage size calculation overflowed|numel: integer multiplication overflow"
+)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Turn a lack of the GPU's or of main memory into a `UserError` that ends with `advice`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"the GPU's memory is not enough: {advice}") from None
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise UserError(f"the main memory is not enough: {advice}") from None
 
 
 # The options of mallopt(3) and their values.

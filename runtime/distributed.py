@@ -1,8 +1,10 @@
 """Communication between the processes that torchrun starts to share one task."""
 
 import os
+import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +17,17 @@ from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.errors import UserError
+from runtime.errors import OTHER_FAILURE, UserError
 
 T = TypeVar("T")
 
 # How long a process waits for another, which may be downloading data. If one dies, the others
 # notice the closed connection at once, and torchrun ends them all.
 _TIMEOUT = timedelta(days=2)
+# How long a process waits at the start for the others to start, and after how many seconds it says
+# so.
+_JOIN = timedelta(minutes=10)
+_SILENT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,21 @@ class Ranks:
                     made.append(make())
         return made[0]
 
+    def any_signal(self, number: int) -> int:
+        """The number of a signal that any process has passed here, as far as it is known yet; or 0.
+
+        Unlike the other methods it does not wait for the others. `number` is the signal that this
+        process received, or 0.
+        """
+        if self.store is None:
+            return number
+        try:
+            if number:
+                self.store.set("signal", str(number))
+            return int(self.store.get("signal")) if self.store.check(["signal"]) else 0
+        except RuntimeError:  # the store ended, with the first process or with torchrun
+            return number
+
     def reports(self) -> bool:
         """Whether this process reports a failure that all processes share: the first that asks."""
         try:
@@ -113,36 +134,95 @@ def joined_ranks(advice: str = "") -> Iterator[Ranks]:
     """Connect the processes that torchrun started; does nothing for a single process.
 
     A failure that all processes share is reported by one of them. If a process dies, the others
-    exit at once with code 1, and one of them reports the death, followed by `advice`.
+    exit at once with code 3, and one of them reports the death, followed by `advice`.
+
+    Raises `UserError` if the environment variables of torchrun are incomplete, or if the other
+    processes do not start.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size, local_rank = _place()
     if size == 1:
         yield Ranks()
         return
-    shared, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-    # torchrun keeps one store for all attempts; it still holds the addresses of dead processes.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"attempt-{attempt}", shared)
+    store = _joined_store(rank, size)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT
     )
-    ranks = Ranks(rank, size, int(os.environ["LOCAL_RANK"]), store)
+    ranks = Ranks(rank, size, local_rank, store)
     try:
         yield ranks
     except (UserError, KeyboardInterrupt) as error:
         if ranks.reports():
             raise
-        sys.exit(2 if isinstance(error, UserError) else 128 + signal.SIGINT)
+        number = getattr(error, "signal", signal.SIGINT)
+        sys.exit(2 if isinstance(error, UserError) else 128 + number)
     except RuntimeError as error:
         if not _is_loss(error):
             raise
         if ranks.reports():
             print(f"error: one of {size} processes has died{advice}", file=sys.stderr, flush=True)
         # A clean exit would wait for the dead process.
-        os._exit(1)
+        os._exit(OTHER_FAILURE)
     finally:
         distributed.destroy_process_group()
+
+
+_ADVICE = "start several processes by torchrun, or remove these variables: unset WORLD_SIZE RANK"
+
+
+def _place() -> tuple[int, int, int]:
+    """The rank, the number of processes and the local rank, from torchrun's variables."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0
+    needed = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if absent := [name for name in needed if not os.environ.get(name)]:
+        state = "is empty" if absent[0] == "WORLD_SIZE" else f"is {os.environ['WORLD_SIZE']}"
+        others = [name for name in absent if name != "WORLD_SIZE"]
+        but = f" and {', '.join(others)} not set" if others else ""
+        raise UserError(f"the environment variable WORLD_SIZE {state}{but}: {_ADVICE}")
+    values = {}
+    for name in needed:
+        if name != "MASTER_ADDR":
+            text = os.environ[name]
+            if not re.fullmatch("[0-9]{1,9}", text):
+                raise UserError(
+                    f"the environment variable {name} is {text!r}, not a number: {_ADVICE}"
+                )
+            values[name] = int(text)
+    size, rank = values["WORLD_SIZE"], values["RANK"]
+    if not rank < size:
+        raise UserError(
+            f"the environment variables RANK {rank} and WORLD_SIZE {size} do not fit: {_ADVICE}"
+        )
+    return rank, size, values["LOCAL_RANK"]
+
+
+def _joined_store(rank: int, size: int) -> Any:
+    """The store that the processes share, once all of them have started."""
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    what = (
+        f"for the other processes at {address}, because the environment variables are WORLD_SIZE "
+        f"{size} and RANK {rank}"
+    )
+    notice = threading.Timer(
+        _SILENT_SECONDS, lambda: print(f"waits {what}", file=sys.stderr, flush=True)
+    )
+    notice.daemon = True
+    notice.start()
+    try:
+        shared, _, _ = next(rendezvous("env://", timeout=_JOIN))
+        # torchrun keeps one store for all attempts; it still holds the addresses of dead processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"attempt-{attempt}", shared)
+        if store.add("started", 1) == size:
+            store.set("all started", "")
+        store.wait(["all started"], _JOIN)
+        shared.set_timeout(_TIMEOUT)
+        return store
+    except RuntimeError as error:
+        raise UserError(f"waited in vain {what}: {_ADVICE}") from error
+    finally:
+        notice.cancel()
 
 
 def _is_loss(error: RuntimeError) -> bool:

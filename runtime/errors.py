@@ -2,7 +2,15 @@
 
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+
+from runtime.output import protect_output
+from runtime.signals import raising_interrupted
+
+# The exit code of failures that are neither the user's nor the numbers' fault. 1 means that
+# training diverged, and nothing else.
+OTHER_FAILURE = 3
 
 
 class UserError(Exception):
@@ -14,14 +22,24 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def run_command(main: Callable[[], int]) -> None:
-    """Run a script's `main` and exit with its code; a `UserError` becomes one line and code 2."""
+def run_command(main: Callable[[], int], advice: str = "") -> None:
+    """Run a script's `main` and exit with its code.
+
+    A `UserError` becomes one line and code 2, a signal N one line, followed by `advice`, and code
+    128 + N, and any other error a traceback and code 3. Output that cannot be written is lost; it
+    changes nothing else.
+    """
+    protect_output()
     try:
-        code = main()
+        with raising_interrupted():
+            code = main()
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
+    except KeyboardInterrupt as stop:
+        print(f"interrupted{advice}", file=sys.stderr)
+        code = 128 + getattr(stop, "signal", signal.SIGINT)
+    except Exception:
+        traceback.print_exc()
+        code = OTHER_FAILURE
     sys.exit(code)

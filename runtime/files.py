@@ -1,5 +1,6 @@
 """Reading and writing files: an interruption leaves no half-written file, errors are one line."""
 
+import fcntl
 import json
 import math
 import os
@@ -12,20 +13,70 @@ from typing import Any, BinaryIO
 from runtime.errors import UserError
 
 
+def utf_8(text: str) -> str:
+    """`text` with escapes for what is not UTF-8, as in the name of a file."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def path_argument(text: str) -> Path:
+    """The path in a command-line argument; ~ is the home folder, as in `--out=~/runs`."""
+    return Path(os.path.expanduser(text))
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder.
+
+    Raises `UserError` if the file system does not say, as without permission for the folder.
+    """
+    try:
+        with reading(path):
+            path.stat()
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return False
+        raise
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder in order; none if there is no such folder.
+
+    Raises `UserError` if the folder cannot be read.
+    """
+    if not exists(folder):
+        return []
+    with reading(folder):
+        return sorted(os.listdir(folder))
+
+
 @contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
     """A new temporary file beside `path`, deleted at the end unless it was renamed.
 
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
-    # `tempfile` would make files that only the user may read, but data and runs are often shared.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with writing(path), temporary.open("xb") as file:
-            yield file
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary, file = _new_partial_file(path)
+        try:
+            with file:
+                yield file
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _new_partial_file(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked while it is written."""
+    while True:
+        # `tempfile` would make files that only the user may read, but data and runs are often
+        # shared.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+        file = temporary.open("xb")
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        if os.path.exists(file.name):  # or another process removed it before it was locked
+            return temporary, file
+        file.close()
 
 
 @contextmanager
@@ -45,8 +96,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turn a failure to read `path` into a `UserError`."""
     try:
         yield
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error})") from error
 
@@ -70,9 +121,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder and its subfolders."""
+    """Delete the temporary files that killed processes left in a folder and its subfolders.
+
+    A file that a process is writing stays, and so does one that cannot be deleted.
+    """
     for path in folder.rglob(".*.part"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -101,6 +157,11 @@ def _finite(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, lambda file: file.write(f"{to_json(value, indent=2)}\n".encode()))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `utf_8(text)`, atomically."""
+    write_atomically(path, lambda file: file.write(utf_8(text).encode()))
 
 
 class AppendedFile:

@@ -13,6 +13,7 @@ from pathlib import Path
 from ladder_vae.reports.comparison import compare
 from ladder_vae.runs.command_line import OneLineParser
 from runtime.errors import run_command
+from runtime.files import path_argument
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -22,14 +23,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "runs",
-        type=Path,
+        type=path_argument,
         nargs="+",
         metavar="RUN",
         help="run folder (its newest evaluation), folder of an evaluation, or metrics.json",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_argument,
         default=Path(),
         metavar="FOLDER",
         help="where to write comparison.md and comparison.csv (default: the current folder)",

@@ -8,12 +8,12 @@ configuration and provenance, and a checksum.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ladder_vae.runs.command_line import OneLineParser
 from ladder_vae.runs.published import export_weights
 from ladder_vae.runs.run import Run
 from runtime.errors import run_command
+from runtime.files import path_argument
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,12 +21,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tools.export_weights",
         description="Export the weights of a run as one safetensors file.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument(
         "--checkpoint", default="last", metavar="STEP", help="step, best or last (default: last)"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", required=True, help="file to write, .safetensors"
+        "--out",
+        type=path_argument,
+        metavar="FILE",
+        required=True,
+        help="file to write, .safetensors",
     )
     return parser.parse_args(argv)
 

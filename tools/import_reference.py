@@ -27,7 +27,7 @@ from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
 from ladder_vae.runs.run import Run
 from model import LadderModel
 from runtime.errors import UserError, run_command
-from runtime.files import reading
+from runtime.files import path_argument, reading
 
 # The reference's constructor arguments, and our names for them.
 _NAMES = {
@@ -213,8 +213,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tools.import_reference",
         description="Make a run folder from weights trained with the original implementation.",
     )
-    parser.add_argument("weights", type=Path, metavar="WEIGHTS", help="state dict, .pt or .npz")
-    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
+    parser.add_argument(
+        "weights", type=path_argument, metavar="WEIGHTS", help="state dict, .pt or .npz"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, metavar="RUN", required=True, help="run folder to make"
+    )
     parser.add_argument(
         "--step",
         type=at_least(0),

@@ -16,6 +16,7 @@ from ladder_vae.runs.command_line import OneLineParser
 from ladder_vae.runs.published import read_published
 from ladder_vae.runs.run import Run
 from runtime.errors import run_command
+from runtime.files import path_argument
 
 
 def import_weights(path: Path, folder: Path) -> Run:
@@ -34,8 +35,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m tools.import_weights",
         description="Make a run folder from exported weights.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="exported weights")
-    parser.add_argument("--out", type=Path, metavar="RUN", required=True, help="run folder to make")
+    parser.add_argument("file", type=path_argument, metavar="FILE", help="exported weights")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="RUN", required=True, help="run folder to make"
+    )
     return parser.parse_args(argv)
 
 

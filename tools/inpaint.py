@@ -28,7 +28,7 @@ from ladder_vae.evaluation.inpainting import (
 from ladder_vae.reports.figures import draw_completions
 from ladder_vae.reports.html import update_evaluation_report
 from ladder_vae.runs.command_line import OneLineParser
-from runtime.device import keep_freed_memory
+from runtime.device import enough_memory, keep_freed_memory
 from runtime.errors import run_command
 from runtime.files import writing
 
@@ -98,7 +98,8 @@ def complete(
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     keep_freed_memory()
-    with pyro.validation_enabled(False):
+    memory = enough_memory("give a smaller number to --batch-size")
+    with pyro.validation_enabled(False), memory:
         ladder = load_ladder(arguments)
         folder = output_folder(arguments, ladder)
         _, height, width = ladder.run.image_shape

@@ -7,12 +7,12 @@ Can be called during training and after it.
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ladder_vae.reports.html import write_training_report
 from ladder_vae.runs.command_line import OneLineParser
 from ladder_vae.runs.run import Run
 from runtime.errors import run_command
+from runtime.files import path_argument
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Write RUN/report.html: metrics, learning curves and pictures of a training "
         "run.",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_svi.py")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder of train_svi.py")
     return parser.parse_args(argv)
 
 

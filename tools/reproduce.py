@@ -16,7 +16,7 @@ evaluation. A warm-up measures the rate of training steps, and the number of ste
 leave 5% of the minutes for evaluations and checkpoints. The same command resumes an interrupted
 one: training continues from the newest checkpoint, and the evaluation from its progress file. Exit
 codes: 0 when the row is complete, 128 + N after signal N, 1 if training diverged, 2 for a mistake
-in the command or the files.
+in the command or the files, 3 for any other failure.
 """
 
 import argparse
@@ -53,14 +53,21 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS, ROWS
 from ladder_vae.runs.provenance import machine
 from ladder_vae.runs.published import export_weights
-from ladder_vae.runs.run import Run
+from ladder_vae.runs.run import Run, is_empty
 from ladder_vae.training.logger import elbo_tag
 from ladder_vae.training.rate import Rate, fitted_steps, measured_rate
 from ladder_vae.training.resume import changed_config
 from ladder_vae.training.trainer import Trainer
-from runtime.device import choose_device, keep_freed_memory
+from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.errors import UserError, run_command
-from runtime.files import read_json, remove_partial_files
+from runtime.files import (
+    exists,
+    names_in,
+    path_argument,
+    read_json,
+    remove_partial_files,
+    writing,
+)
 
 # A preset's length is removed, because --minutes or --steps determines the length.
 _LENGTHS = {"epochs": 0, "max_minutes": 0.0}
@@ -183,10 +190,12 @@ def train(arguments: argparse.Namespace, device: torch.device) -> int:
     """
     folder: Path = arguments.out
     path = folder / "run"
-    if not (path / "config.json").exists():
+    if not exists(path / "config.json"):
         remove_partial_files(folder)
-        if folder.exists() and any(file.is_file() for file in (folder, *folder.rglob("*"))):
+        if set(names_in(folder)) - {"run"} or not is_empty(path):
             raise UserError(f"{folder} is not an empty folder; give a new folder to --out")
+        with writing(folder):  # before the rate is measured, which takes a while
+            folder.mkdir(parents=True, exist_ok=True)
         steps = chosen_steps(arguments, device)
         config = fitted_config(preset_options(arguments), steps)
         print(f"training    {steps:,} steps", flush=True)
@@ -231,7 +240,7 @@ def finish(arguments: argparse.Namespace, device: torch.device) -> int:
 def is_complete(arguments: argparse.Namespace, step: int) -> bool:
     """Whether the requested evaluation and the weights, which are written last, exist."""
     metrics: Path = arguments.out / "metrics.json"
-    if not (arguments.out / "weights.safetensors").exists() or not metrics.exists():
+    if not exists(arguments.out / "weights.safetensors") or not exists(metrics):
         return False
     found = read_json(metrics)
     samples = [str(k) for k in arguments.samples]
@@ -263,7 +272,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=positive, metavar="M", help="minutes of training (or give --steps)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write and resume")
+    parser.add_argument(
+        "--out", type=path_argument, metavar="FOLDER", help="where to write and resume"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -300,8 +311,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
+        type=path_argument,
+        default=os.environ.get("LVAE_DATA", "data"),
         help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
     add_run_options(parser)
@@ -323,8 +334,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("--steps is 0; it must be at least 1")
     if (arguments.out is None) != arguments.dry_run:
         raise UserError("give either --out FOLDER or --dry-run, which writes nothing")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this command runs as a single process: start it without torchrun")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "this command runs as a single process: start it without torchrun, or unset WORLD_SIZE"
+        )
     config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
 
 
@@ -338,8 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             dry_run(arguments, device)
             return 0
-        return train(arguments, device) or finish(arguments, device)
+        with enough_memory(train_svi.MEMORY_ADVICE):
+            return train(arguments, device) or finish(arguments, device)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "; the same command continues")

@@ -43,10 +43,13 @@ from ladder_vae.evaluation.scoring import ProgressFile
 from ladder_vae.reports.charts import draw_roc
 from ladder_vae.reports.html import update_evaluation_report
 from ladder_vae.runs.command_line import OneLineParser
-from runtime.device import keep_freed_memory
+from runtime.device import enough_memory, keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
 from runtime.errors import UserError, run_command
 from runtime.files import write_json
+
+# What to do after an interruption, or after one of several processes has died.
+ADVICE = "; the same command continues the scoring"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -202,8 +205,8 @@ def load_sets(ladder: Ladder, names: Sequence[str], split: str, data_dir: Path) 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     keep_freed_memory()
-    advice = "; the same command resumes the scoring"
-    with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
+    memory = enough_memory("give a smaller number to --batch-size")
+    with pyro.validation_enabled(False), joined_ranks(ADVICE) as ranks, memory:
         ladder = load_ladder(arguments, ranks.local_rank)
         folder = output_folder(arguments, ladder)
         layers = choose_prior_layers(arguments.prior_layers, ladder.depth)
@@ -263,4 +266,4 @@ def save(
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, ADVICE)

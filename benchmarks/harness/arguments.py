@@ -3,12 +3,12 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from evaluate import at_least
 from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
+from runtime.files import path_argument
 
 
 def benchmark_parser(module: str, description: str) -> OneLineParser:
@@ -55,7 +55,7 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """Add `--data-dir`."""
     parser.add_argument(
         "--data-dir",
-        type=Path,
-        default=Path(os.environ.get("LVAE_DATA", "data")),
+        type=path_argument,
+        default=os.environ.get("LVAE_DATA", "data"),
         help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )

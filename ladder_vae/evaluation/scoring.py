@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
+from runtime.device import enough_memory
 from runtime.distributed import Ranks
-from runtime.errors import UserError
-from runtime.files import to_json, writing
+from runtime.files import names_in, to_json, writing
+from runtime.signals import Interrupted, Interruption
 
 # A record is the group's number and a checksum, followed by the group's table in float64.
 _HEADER = struct.Struct("<qI")
@@ -73,8 +74,8 @@ class ProgressFile:
     def read(self) -> dict[int, Tensor]:
         """The tables of the finished groups, by the group's number."""
         tables: dict[int, Tensor] = {}
-        for path in sorted(self.folder.glob(f"{self.key}.*")):
-            with suppress(OSError):  # groups that cannot be read are computed again
+        for path in self._files():
+            with suppress(OSError):  # such as another user's; it is computed again
                 tables |= self._records(path.read_bytes())
         return tables
 
@@ -97,11 +98,15 @@ class ProgressFile:
 
     def remove(self) -> None:
         """Remove the files, once their results are saved elsewhere."""
-        for path in self.folder.glob(f"{self.key}.*"):
+        for path in self._files():
             with suppress(OSError):  # such as another user's file
                 path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: another scoring has files there
             self.folder.rmdir()
+
+    def _files(self) -> list[Path]:
+        names = names_in(self.folder)
+        return [self.folder / name for name in names if name.startswith(f"{self.key}.")]
 
     def _records(self, content: bytes) -> dict[int, Tensor]:
         """The complete records at the start of a file."""
@@ -130,13 +135,16 @@ def score(
     """All bounds of `sampler`, in every process: read from `progress`, or computed.
 
     Shows a progress bar with the mean bound so far. `check` is called before each group and may
-    raise to interrupt the scoring. Raises `UserError` if the progress file cannot be written.
+    raise to interrupt the scoring. After a signal to any process, all stop before their next group
+    and raise `Interrupted`. Raises `UserError` if the progress file cannot be written.
     """
     tables = ranks.share(progress.read() if ranks.is_first else {})
     missing = [number for number in range(len(sampler)) if number not in tables]
     shown = sys.stderr.isatty() and ranks.is_first
     found: dict[int, Tensor] = {}
+    interruption = Interruption(ranks.any_signal if ranks.size > 1 else None)
     with (
+        interruption,
         progress.opened() as save,
         tqdm(total=0, unit="image", dynamic_ncols=True, disable=not shown) as bar,
     ):
@@ -146,25 +154,26 @@ def score(
         bar.update(running.count)
         for number in mine:
             check()
+            interruption.agree()
+            if interruption.signal is not None:
+                break
             found[number] = _group_table(sampler, number)
             save(number, found[number])
             running.add(found[number])
             bar.set_postfix_str(str(running), refresh=False)
             bar.update(len(found[number]))
-    for part in ranks.collect(found):
+        parts = ranks.collect((found, interruption.signal))
+    for part, received in parts:
+        if received is not None:
+            raise Interrupted(received)
         tables |= part
     return sampler.in_order(tables[number] for number in range(len(sampler)))
 
 
 def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
-    try:
+    size = sampler.blocks.images * sampler.blocks.samples
+    with enough_memory(f"{size:,} images at a time; give a smaller number to --batch-size"):
         return sampler.group(number).table()
-    except torch.OutOfMemoryError:
-        size = sampler.blocks.images * sampler.blocks.samples
-        raise UserError(
-            f"{size:,} images at a time do not fit into the GPU's memory: give a smaller "
-            "--batch-size"
-        ) from None
 
 
 class _RunningBound:

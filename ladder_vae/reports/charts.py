@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ladder_vae.reports.tables import layer_name
-from runtime.files import write_atomically
+from runtime.files import utf_8, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def new_chart(
     figure = Figure(figsize=(width, height), dpi=_DPI, layout=layout)
     axes = figure.add_subplot()
     if title:
-        axes.set_title(title, loc="left", fontsize=13)
+        axes.set_title(utf_8(title), loc="left", fontsize=13)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.tick_params(which="both", colors=INK)

@@ -15,7 +15,7 @@ import datasets
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.tables import Column, markdown, number
 from runtime.errors import UserError
-from runtime.files import write_atomically
+from runtime.files import exists, names_in, write_text
 
 # The columns in their order; `bounds` stands for the ELBO and every number of samples.
 COLUMNS = (
@@ -54,22 +54,23 @@ def evaluation_folders(run: Path) -> list[Path]:
     """The folders of a run's evaluations, by ascending step; for each step, test comes last."""
     others = "|".join(re.escape(split) for split in datasets.SPLITS if split != "test")
     found = []
-    for file in run.glob("eval/*/metrics.json"):
-        if name := re.fullmatch(rf"(0|[1-9][0-9]{{0,17}})(-(?:{others}))?", file.parent.name):
+    for folder in names_in(run / "eval"):
+        name = re.fullmatch(rf"(0|[1-9][0-9]{{0,17}})(-(?:{others}))?", folder)
+        if name and exists(run / "eval" / folder / "metrics.json"):
             step, split = name.groups()
-            found.append((int(step), split is None, split or "", file.parent))
+            found.append((int(step), split is None, split or "", run / "eval" / folder))
     return [folder for *_, folder in sorted(found)]
 
 
 def _metrics_file(path: Path) -> Path:
     """The metrics.json that a path on the command line refers to."""
-    if path.is_file():
+    if exists(path) and path.is_file():
         return path
-    if (path / "metrics.json").is_file():
+    if exists(path / "metrics.json"):
         return path / "metrics.json"
     if folders := evaluation_folders(path):
         return folders[-1] / "metrics.json"
-    if (path / "config.json").is_file():
+    if exists(path / "config.json"):
         raise UserError(f"{path} has not been evaluated yet; run: python evaluate.py {path}")
     raise UserError(
         f"{path} is neither a run folder nor an evaluation: it has no config.json and no "
@@ -264,6 +265,6 @@ def compare(paths: Sequence[Path], folder: Path) -> str:
             f"{'; '.join(group or 'rows of unknown likelihood' for group in groups)}.\n"
         )
     rows = comma_separated(runs)
-    write_atomically(folder / "comparison.md", lambda file: file.write(text.encode()))
-    write_atomically(folder / "comparison.csv", lambda file: file.write(rows.encode()))
+    write_text(folder / "comparison.md", text)
+    write_text(folder / "comparison.csv", rows)
     return text

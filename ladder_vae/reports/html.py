@@ -5,6 +5,7 @@ templates in the folder templates/ escape all values.
 """
 
 import base64
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from ladder_vae.runs.command_line import OPTIONS, flag
 from ladder_vae.runs.metrics_log import Entry, finite_entries, held_out_split, newest
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run
-from runtime.files import write_atomically
+from runtime.files import exists, names_in, reading, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,7 +63,7 @@ def _write(path: Path, template: str, run: Run, **values: Any) -> Path:
     """Write a page about a run."""
     page = _environment().get_template(template)
     text = page.render(title=run.path.resolve().name, options=_options(run.config), **values)
-    write_atomically(path, lambda file: file.write(text.encode(errors="replace")))
+    write_text(path, text)
     return path
 
 
@@ -81,7 +82,7 @@ def write_evaluation_report(folder: Path, run: Run, results: Mapping[str, Any]) 
 def update_evaluation_report(folder: Path, run: Run) -> None:
     """If `folder` holds an evaluation, write its report again with the pictures now in it."""
     file = folder / "metrics.json"
-    if file.exists():
+    if exists(file):
         _write_evaluation_report(folder, run, Metrics.read(file))
 
 
@@ -155,13 +156,18 @@ def _evaluation_images(folder: Path, layers: int) -> list[Image]:
         Image.of(
             picture.title,
             picture.caption,
-            file.read_bytes(),
+            _content(file),
             style="paper" if picture.chart else "pixels",
             folded=picture.folded,
         )
         for picture in ladder_pictures(layers)
         for file in sorted(folder.glob(picture.file))
     ]
+
+
+def _content(file: Path) -> bytes:
+    with reading(file):
+        return file.read_bytes()
 
 
 # --- Runs ---
@@ -195,7 +201,7 @@ def write_training_report(run: Run) -> Path:
             ("step", "weights", "data", "bounds", "kl"),
         ),
         reports=[
-            report.relative_to(run.path).as_posix() if report.is_file() else ""
+            report.relative_to(run.path).as_posix() if exists(report) else ""
             for report in (folder / "report.html" for folder in folders)
         ],
         provenance=_provenance({"training": run.provenance}),
@@ -245,12 +251,14 @@ def _newest_images(folder: Path) -> list[Image]:
     captions = {picture.file: picture.caption for picture in ladder_pictures(0)}
     found = []
     for name in ("samples", "reconstructions"):
-        steps = {file.stem.rpartition("-")[2]: file for file in folder.glob(f"{name}-*.png")}
-        if numbers := [step for step in steps if step.isascii() and step.isdecimal()]:
+        found_names = (re.fullmatch(rf"{name}-([0-9]+)\.png", file) for file in names_in(folder))
+        if numbers := [match[1] for match in found_names if match]:
             step = max(numbers, key=int)
             title = f"{name.capitalize()} at step {int(step):,}"
             caption = captions[f"{name}.png"]
-            found.append(Image.of(title, caption, steps[step].read_bytes(), style="pixels"))
+            found.append(
+                Image.of(title, caption, _content(folder / f"{name}-{step}.png"), style="pixels")
+            )
     return found
 
 

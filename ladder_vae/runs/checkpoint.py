@@ -70,11 +70,14 @@ def load_tensors(file: Path | io.BytesIO, path: Path, device: torch.device) -> A
 
     Raises `Damaged`, naming `path`, for anything else. Runs no code from the file.
     """
+    if isinstance(file, Path):
+        with reading(file):
+            file = io.BytesIO(file.read_bytes())
     try:
         with warnings.catch_warnings(action="ignore"):  # they are for developers
             return torch.load(file, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+    except MemoryError:
+        raise
     except Exception as error:  # the unpickler raises many types
         raise Damaged(
             f"{path} is damaged or not a checkpoint: it must hold tensors, saved by torch.save"

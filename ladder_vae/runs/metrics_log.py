@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.files import reading
+from runtime.files import exists, reading
 
 # An entry's step and scalars, by tag.
 Entry = dict[str, float]
@@ -43,7 +43,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
     Ignores a last line that was cut off. Raises `UserError` if the file is damaged.
     """
-    if not path.exists():
+    if not exists(path):
         return []
     with reading(path):
         lines = path.read_bytes().splitlines(keepends=True)

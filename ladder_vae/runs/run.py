@@ -3,15 +3,18 @@
     RUN/config.json             the configuration
     RUN/checkpoints/STEP.pt     the newest checkpoints, and the best one
     RUN/checkpoints/best.json   which checkpoint is best, by the ELBO of the held-out images
+    RUN/.lock                   which process trains the run, while it does
     RUN/eval/STEP/              evaluate.py's results for that step
 
 A file appears under its final name only when it is complete.
 """
 
+import itertools
 import math
+import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +23,10 @@ import torch
 from ladder_vae.runs.checkpoint import FORMAT, Damaged, read_checkpoint, write_checkpoint
 from ladder_vae.runs.options import RunConfig
 from runtime.errors import UserError
-from runtime.files import read_json, write_json
+from runtime.files import exists, names_in, path_argument, read_json, write_json, writing
+from runtime.locks import Lock
+
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Run:
     config: RunConfig
     image_shape: tuple[int, int, int]
     provenance: dict[str, Any]  # code and machine at the start of the run
+    lock: Lock | None = field(default=None, compare=False, repr=False)  # of this process
+    is_new: bool = field(default=False, compare=False, repr=False)  # made by this process
 
     @classmethod
     def create(
@@ -39,24 +47,48 @@ class Run:
         config: RunConfig,
         image_shape: tuple[int, int, int],
         provenance: dict[str, Any],
+        *,
+        numbered: bool = False,
     ) -> Self:
-        """Begin a run in a new or empty folder; raises `UserError` for any other."""
-        if (path / "config.json").exists():
-            raise UserError(
-                f"{path} holds another run; choose another folder for --out, "
-                f"or continue that run with --resume {path}"
-            )
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} is not an empty folder; choose a new folder for --out")
-        run = cls(path, config, image_shape, provenance)
+        """Begin a run in a new or empty folder, and lock it; raises `UserError` for any other.
+
+        With `numbered`, a number is appended to the folder's name if another process has taken it.
+        """
+        if numbered:
+            path = _new_folder(path)
+        _require_empty(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path)
+        _require_empty(path)  # no other process can begin a run there any more
+        run = cls(path, config, image_shape, provenance, lock, is_new=True)
         run.write_config()
         return run
+
+    def locked(self) -> Self:
+        """This run, for this process alone to write; raises `UserError` if another one has it."""
+        return replace(self, lock=_locked(self.path))
+
+    def release(self) -> None:
+        """Let other processes write the run."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def discard(self) -> None:
+        """Delete a run that this process began and that has not taken a step."""
+        for name in names_in(self.path):
+            if name in ("config.json", "metrics.jsonl", _LOCK) or name.startswith("events.out."):
+                with suppress(OSError):
+                    (self.path / name).unlink()
+        with suppress(OSError):
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """The run in a folder; raises `UserError` if there is none."""
+        path = path_argument(os.fspath(path))
         file = path / "config.json"
-        if not file.exists():
+        if not exists(file):
             raise UserError(f"{path} is not a run folder: it has no config.json")
         return cls.from_description(path, read_json(file), file)
 
@@ -97,8 +129,8 @@ class Run:
 
     def checkpoint_steps(self) -> list[int]:
         """The steps that have a checkpoint, ascending."""
-        files = (self.path / "checkpoints").glob("*.pt")
-        return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]+", file.stem))
+        names = names_in(self.path / "checkpoints")
+        return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]+\.pt", name))
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, and remove all but the newest ones and the best."""
@@ -120,7 +152,7 @@ class Run:
 
     def best(self) -> tuple[int, float] | None:
         """Step and held-out negative ELBO (nats) of the best checkpoint; None if there is none."""
-        if not self._best_path.exists():
+        if not exists(self._best_path):
             return None
         content = read_json(self._best_path)
         try:
@@ -129,7 +161,7 @@ class Run:
             raise UserError(
                 f"{self._best_path} is damaged; delete it, and training will write it again"
             ) from None
-        return (step, value) if self.checkpoint_path(step).exists() else None
+        return (step, value) if exists(self.checkpoint_path(step)) else None
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint; None if there is none."""
@@ -191,3 +223,35 @@ class Run:
         if found:
             raise found[0]
         return None, []
+
+
+def _require_empty(path: Path) -> None:
+    """Raise `UserError` unless a run can begin in a folder."""
+    if exists(path / "config.json"):
+        raise UserError(
+            f"{path} holds another run; choose another folder for --out, "
+            f"or continue that run with --resume {path}"
+        )
+    if not is_empty(path):
+        raise UserError(f"{path} is not an empty folder; choose a new folder for --out")
+
+
+def is_empty(path: Path) -> bool:
+    """Whether there is nothing, or a folder that holds nothing but the lock of an ended process."""
+    return not exists(path) or (path.is_dir() and set(names_in(path)) <= {_LOCK})
+
+
+def _locked(path: Path) -> Lock:
+    return Lock(path / _LOCK, f"the run in {path} is being written")
+
+
+def _new_folder(path: Path) -> Path:
+    """Make the folder `path`, or `path`-2, `path`-3 ... if that exists, for this process alone."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    raise AssertionError

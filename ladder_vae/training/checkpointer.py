@@ -5,9 +5,9 @@ from typing import Any
 
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run
+from ladder_vae.training.clock import Clock
 from ladder_vae.training.logger import Monitor
 from ladder_vae.training.schedule import is_due
-from ladder_vae.training.signals import Clock
 from runtime.errors import UserError
 
 

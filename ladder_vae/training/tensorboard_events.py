@@ -17,6 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, image, scalar, text
 
+from runtime.files import utf_8
+
 # What TensorBoard shows above a picture, instead of its tag.
 _DISPLAY_NAMES = {
     "reconstructions": "reconstructions (rows 1, 3, ...: originals; below each: reconstructions)"
@@ -56,6 +58,10 @@ def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
 
 def configuration(values: Mapping[str, Any], metric: str) -> bytes:
     """Options, as text and as hyper-parameters beside the scalar `metric`."""
+    # Text of the command line that is not UTF-8 is escaped.
+    values = {
+        name: utf_8(value) if isinstance(value, str) else value for name, value in values.items()
+    }
     rows = "".join(f"| {name} | {value} |\n" for name, value in values.items())
     shown = text("configuration", f"| option | value |\n|---|---|\n{rows}")
     plain = {

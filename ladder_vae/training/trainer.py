@@ -13,6 +13,7 @@ from ladder_vae.runs.checkpoint import load_weights
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run
 from ladder_vae.training.checkpointer import Checkpointer
+from ladder_vae.training.clock import Clock
 from ladder_vae.training.data_parallel import (
     Replicas,
     check_batch_statistics,
@@ -25,10 +26,10 @@ from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.logger import Logger, Monitor
 from ladder_vae.training.moving_average import MovingAverage
 from ladder_vae.training.schedule import Length, is_due, kl_weight, learning_rate
-from ladder_vae.training.signals import Clock, Interrupted, Interruption
 from ladder_vae.training.svi import SVI
 from runtime.distributed import ONE_PROCESS, Ranks
 from runtime.errors import UserError
+from runtime.signals import Interrupted, Interruption
 
 # Training ends after this many skipped updates in a row. The host checks once per as many steps.
 SKIPPED_IN_A_ROW = 10

@@ -1,11 +1,14 @@
 """What processes share: values, errors and files."""
 
+import socket
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+import runtime.distributed
 from runtime.distributed import ONE_PROCESS, Launch, Ranks, joined_ranks
 from runtime.errors import UserError
 from tests.processes import in_processes
@@ -36,6 +39,56 @@ def test_without_torchrun_there_is_one_process(
     with joined_ranks() as ranks:
         assert ranks == Ranks(rank=0, size=1, local_rank=0)
     assert Launch.of_environment() == Launch(None, 0, 1)
+
+
+def set_launch(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Set torchrun's variables to these, and unset the others."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+        if name in variables:
+            monkeypatch.setenv(name, variables[name])
+
+
+COMPLETE = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty and RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "0"} | COMPLETE | {"MASTER_ADDR": ""}, "and MASTER_ADDR not"),
+        ({"WORLD_SIZE": "two", "RANK": "0"} | COMPLETE, "WORLD_SIZE is 'two', not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"} | COMPLETE, "RANK is '-1', not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"} | COMPLETE, "RANK 2 and WORLD_SIZE 2 do not fit"),
+        ({"WORLD_SIZE": "0", "RANK": "0"} | COMPLETE, "RANK 0 and WORLD_SIZE 0 do not fit"),
+    ],
+)
+def test_incomplete_variables_of_torchrun_are_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler or an earlier command leaves them."""
+    set_launch(monkeypatch, **variables)
+    with pytest.raises(UserError, match=said) as error, joined_ranks():
+        pass
+    assert "start several processes by torchrun" in str(error.value)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_start_are_named_and_not_waited_for(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    set_launch(monkeypatch, **COMPLETE | {"WORLD_SIZE": "2", "RANK": rank, "MASTER_PORT": port})
+    monkeypatch.setattr(runtime.distributed, "_JOIN", timedelta(seconds=2))
+    monkeypatch.setattr(runtime.distributed, "_SILENT_SECONDS", 0.1)
+    what = f"for the other processes at 127.0.0.1:{port}"
+    said = f"waited in vain {what}.*WORLD_SIZE 2 and RANK {rank}"
+    with pytest.raises(UserError, match=said), joined_ranks():
+        pass
+    assert f"waits {what}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("own_folder")

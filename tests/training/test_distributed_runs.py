@@ -19,10 +19,10 @@ from torch import Tensor
 import train_svi
 from benchmarks.durability import differences, same, untimed_entries
 from ladder_vae.runs.run import Run
+from ladder_vae.training import clock
 from ladder_vae.training import data_parallel as parallel
-from ladder_vae.training import signals
+from ladder_vae.training.clock import Clock
 from ladder_vae.training.schedule import learning_rate
-from ladder_vae.training.signals import Clock
 from runtime.distributed import Ranks
 from tests import tiny_runs
 from tests.commands import ROOT, refusal, subprocess_environment
@@ -141,7 +141,7 @@ def test_all_processes_follow_the_first_one_s_clock(monkeypatch: pytest.MonkeyPa
         def monotonic() -> float:  # a tenth of a minute later each time, on the first rank
             return next(ticks) * 6.0 if os.environ["RANK"] == "0" else -1e9 * next(ticks)
 
-    monkeypatch.setattr(signals, "time", Time)
+    monkeypatch.setattr(clock, "time", Time)
     options = "--max-minutes 0.95 --lr-decay cosine --ckpt-interv 0 --checkpoint-minutes 0.25 "
     options += "--ts-log-interv 20 --ll-interv 0 --tr-log-interv 1 --keep-checkpoints 9 --out run"
     assert train_in(2, *LADDER, *options.split()) == [0, 0], Path("log").read_text()

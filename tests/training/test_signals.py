@@ -16,7 +16,7 @@ from ladder_vae.evaluation.importance import importance_weighted_bounds
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.run import Run
 from ladder_vae.training import held_out
-from ladder_vae.training.signals import Interrupted, Interruption
+from runtime.signals import Interrupted, Interruption
 from tests.commands import ROOT, subprocess_environment
 from tests.tiny_runs import LADDER, RESUME, stopping, train, training_entries
 

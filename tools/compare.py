@@ -3,7 +3,7 @@
     python -m tools.compare runs/mnist-3 runs/mnist-12
 
 Each argument is a run folder (its newest evaluation), the folder of an evaluation, or a
-metrics.json. Prints the table as Markdown, and writes comparison.md and comparison.csv.
+metrics.json. Prints the table as Markdown, and with --out writes comparison.md and comparison.csv.
 """
 
 import argparse
@@ -30,9 +30,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(),
         metavar="FOLDER",
-        help="folder of comparison.md and comparison.csv (default: the current folder)",
+        help="also write comparison.md and comparison.csv into this folder",
     )
     return parser.parse_args(argv)
 

@@ -18,15 +18,8 @@ import pyro
 
 import datasets
 from datasets import ImageSet
-from evaluate import (
-    add_bound_options,
-    add_ladder_options,
-    choose_images,
-    load_ladder,
-    output_folder,
-    parse,
-)
-from ladder import Ladder
+from evaluate import EvaluatedLadder, choose_images, load_ladder
+from ladder_vae.evaluation.folders import check_absent, evaluation_folder
 from ladder_vae.evaluation.ood import (
     Roc,
     bound_columns,
@@ -35,6 +28,7 @@ from ladder_vae.evaluation.ood import (
     roc,
     write_scores,
 )
+from ladder_vae.evaluation.options import add_bound_options, add_ladder_options, parse
 from ladder_vae.evaluation.scoring import ProgressFile
 from ladder_vae.reports.charts import draw_roc
 from ladder_vae.reports.html import update_evaluation_report
@@ -94,7 +88,7 @@ class Scores:
 
 
 def score_set(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     images: ImageSet,
     files: Sequence[str] | None,
     folder: Path,
@@ -159,7 +153,7 @@ def print_curves(title: str, curves: Mapping[str, Roc], folder: Path) -> None:
 
 
 def load_sets(
-    ladder: Ladder, names: Sequence[str], split: str, data_dir: Path
+    ladder: EvaluatedLadder, names: Sequence[str], split: str, data_dir: Path
 ) -> list[tuple[ImageSet, Sequence[str] | None]]:
     """The images of each data set or folder, with the names of a folder's files."""
     sets: list[tuple[ImageSet, Sequence[str] | None]] = [
@@ -173,16 +167,28 @@ def load_sets(
     return sets
 
 
+def output_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files that hold the scores of the sets called `names`, and how well they separate."""
+    scores = [folder / f"scores-{name}.csv" for name in names]
+    return scores + [folder / "auroc.json", folder / "roc.png"] * (len(names) == 2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     keep_freed_memory()
     advice = "; the same command resumes the scoring"
     with pyro.validation_enabled(False), joined_ranks(advice) as ranks:
         ladder = load_ladder(arguments, ranks.local_rank)
-        folder = output_folder(arguments, ladder)
+        folder = arguments.out or evaluation_folder(
+            ladder.source.path, ladder.step, arguments.split
+        )
         layers = choose_prior_layers(arguments.prior_layers, ladder.depth)
         names = [name for name in (arguments.images, arguments.against) if name is not None]
-        batch_size = arguments.batch_size or ranks.share(ladder.batch_size())
+        batch_size = arguments.batch_size or ranks.share(ladder.batch_size)
+        sets = load_sets(ladder, names, arguments.split, arguments.data_dir)
+        with ranks.together():
+            if ranks.is_first and not arguments.overwrite:
+                check_absent(*output_files(folder, [images.name for images, _ in sets]))
         found = [
             score_set(
                 ladder,
@@ -196,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 limit=arguments.limit,
                 ranks=ranks,
             )
-            for images, files in load_sets(ladder, names, arguments.split, arguments.data_dir)
+            for images, files in sets
         ]
         if ranks.is_first:
             save(ladder, found, folder, arguments, batch_size)
@@ -204,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     found: Sequence[Scores],
     folder: Path,
     arguments: argparse.Namespace,

@@ -5,8 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluate import at_least
-from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options, at_least, config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 

@@ -6,12 +6,12 @@ log-likelihood in nats: lower is better.
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+from ladder_vae.evaluation.folders import evaluation_folders
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.tables import Column, markdown, number
 from runtime.errors import UserError
@@ -42,22 +42,6 @@ class Scored(NamedTuple):
         """
         name = str(path) if path.name else path.resolve().name
         return cls(name, Metrics.read(_metrics_file(path)))
-
-
-def evaluation_folder(run: Path, step: int, split: str) -> Path:
-    """The folder of a run's evaluation: its step, and its split if that is not test."""
-    return run / "eval" / (str(step) if split == "test" else f"{step}-{split}")
-
-
-def evaluation_folders(run: Path) -> list[Path]:
-    """The folders of a run's evaluations, by ascending step; the test set comes last of a step."""
-    others = "|".join(re.escape(split) for split in datasets.SPLITS if split != "test")
-    found = []
-    for file in run.glob("eval/*/metrics.json"):
-        if name := re.fullmatch(rf"(0|[1-9][0-9]{{0,17}})(-(?:{others}))?", file.parent.name):
-            step, split = name.groups()
-            found.append((int(step), split is None, split or "", file.parent))
-    return [folder for *_, folder in sorted(found)]
 
 
 def _metrics_file(path: Path) -> Path:
@@ -227,18 +211,19 @@ def _record(run: Scored, keys: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def compare(paths: Sequence[Path], folder: Path) -> str:
+def compare(paths: Sequence[Path], folder: Path | None = None) -> str:
     """One table of the runs at `paths`, in that order, as Markdown.
 
     A path is a run folder (its newest evaluation), the folder of an evaluation, or a metrics.json.
-    Writes `comparison.md` and `comparison.csv` into `folder`. Raises `UserError` if a path has no
-    evaluation, or a file cannot be written.
+    Writes `comparison.md` and `comparison.csv` into `folder`, if there is one. Raises `UserError`
+    if a path has no evaluation, or a file cannot be written.
     """
     runs = [Scored.read(path) for path in paths]
     text = f"{_INTRODUCTION}\n\n{markdown(columns(runs))}\n"
     if len(images := dict.fromkeys(same_images(runs))) > 1:
         text += f"\nRows with different images cannot be compared: {'; '.join(images)}.\n"
-    rows = comma_separated(runs)
-    write_atomically(folder / "comparison.md", lambda file: file.write(text.encode()))
-    write_atomically(folder / "comparison.csv", lambda file: file.write(rows.encode()))
+    if folder is not None:
+        rows = comma_separated(runs)
+        write_atomically(folder / "comparison.md", lambda file: file.write(text.encode()))
+        write_atomically(folder / "comparison.csv", lambda file: file.write(rows.encode()))
     return text

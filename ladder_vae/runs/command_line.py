@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -62,6 +62,18 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(message) from error
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number with a minimum."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
+        return value
+
+    return integer
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add `--preset` and all options of `RunConfig`; only given ones end up in the namespace."""
     parser.add_argument(
@@ -109,10 +121,14 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
+def requested_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the preset, overridden by the given ones, by name."""
+    return (PRESETS[arguments.preset] if arguments.preset else {}) | given_options(arguments)
+
+
 def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the given options."""
-    preset = PRESETS[arguments.preset] if arguments.preset else {}
-    return config_of(preset | given_options(arguments))
+    """The defaults, overridden by the requested options."""
+    return config_of(requested_options(arguments))
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:

@@ -1,0 +1,79 @@
+"""Reading the checkpoints in a run folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ladder_vae.runs.checkpoint import read_checkpoint
+from runtime.errors import UserError
+from runtime.files import read_json
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """The checkpoints of the run folder `path`."""
+
+    path: Path
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"{step}.pt"
+
+    def checkpoint_steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        files = (self.path / "checkpoints").glob("*.pt")
+        return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]+", file.stem))
+
+    @property
+    def _best_path(self) -> Path:
+        return self.path / "checkpoints" / "best.json"
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and held-out negative ELBO (nats) of the best checkpoint; None without one."""
+        if not self._best_path.exists():
+            return None
+        content = read_json(self._best_path)
+        try:
+            step, value = int(content["step"]), float(content["negative_elbo"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self._best_path} is damaged; delete it, and training will write it again"
+            ) from None
+        return (step, value) if self.checkpoint_path(step).exists() else None
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None without one."""
+        best = self.best()
+        return None if best is None else best[0]
+
+    def step_called(self, name: str) -> int | None:
+        """The step that `--checkpoint` means; None for the newest checkpoint.
+
+        `name` is a step, best or last. Raises `UserError` for anything else.
+        """
+        if name == "last":
+            return None
+        if name == "best":
+            best = self.best_step()
+            if best is None:
+                raise UserError(f"{self.path} has no best checkpoint; use --checkpoint STEP")
+            return best
+        if not re.fullmatch("[0-9]{1,18}", name):
+            raise UserError(f"--checkpoint is {name!r}; it must be a step, best or last")
+        return int(name)
+
+    def load_checkpoint(self, step: int | None, device: torch.device) -> dict[str, Any]:
+        """The state after `step`, or the newest for None.
+
+        Raises `UserError` if there is no such checkpoint, and `Damaged` if it is damaged.
+        """
+        steps = self.checkpoint_steps()
+        if not steps:
+            raise UserError(f"{self.path} has no checkpoint yet; train the run first")
+        if step is not None and step not in steps:
+            raise UserError(
+                f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+            )
+        return read_checkpoint(self.checkpoint_path(steps[-1] if step is None else step), device)

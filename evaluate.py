@@ -180,25 +180,17 @@ def evaluate(
     check_temperature(temperature, ladder.depth)
     index = choose_images(images, limit, seed)
     size: int = batch_size or ranks.share(ladder.batch_size)
-    blocks = Blocks.of(size, samples[-1])
     settings = {
-        "dataset": images.name,
-        "split": images.split,
-        "seed": seed,
-        "limit": limit,
-        "samples": list(samples),
-        "temperature": list(temperature) if isinstance(temperature, Sequence) else [temperature],
-        "batch_size": size,
-        "blocks": {"images": blocks.images, "samples": blocks.samples},
+        **{"dataset": images.name, "split": images.split, "seed": seed, "limit": limit},
+        **{"samples": list(samples), "temperature": temperature, "batch_size": size},
+        "blocks": asdict(Blocks.of(size, samples[-1])),
         **ladder.origin(),
     }
     with ranks.together():
         if ranks.is_first and not overwrite:
             check_replaceable(folder, settings)
-    curve = curve_samples(samples)
-    bounds, progress = ladder.score(
-        images, index, curve, folder, batch_size=size, seed=seed, ranks=ranks, check=check
-    )
+    options: dict[str, Any] = {"batch_size": size, "seed": seed, "ranks": ranks, "check": check}
+    bounds, progress = ladder.score(images, index, curve_samples(samples), folder, **options)
     results = metrics(bounds, samples, images.shape) | settings
     if ranks.is_first:
         draw_charts(folder, bounds, results)

@@ -260,30 +260,7 @@ def positive(text: str) -> float:
     return value
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = OneLineParser(
-        prog="python -m tools.reproduce",
-        description="Train and evaluate a row of the likelihood table within a time budget.",
-    )
-    parser.add_argument(
-        "row", choices=ROWS, metavar="ROW", help=f"row of the table: {', '.join(ROWS)}"
-    )
-    parser.add_argument(
-        "--minutes", type=positive, metavar="M", help="minutes of training (or give --steps)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write and resume")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print how many steps fit and how long the evaluation takes; write nothing",
-    )
-    parser.add_argument(
-        "--measure",
-        type=positive,
-        default=20.0,
-        metavar="SECONDS",
-        help="length of the warm-up that measures the rate of training (default: 20)",
-    )
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=at_least(1),
@@ -308,6 +285,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="replace an evaluation with other settings (default: refuse to)",
     )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m tools.reproduce",
+        description="Train and evaluate a row of the likelihood table within a time budget.",
+    )
+    parser.add_argument(
+        "row", choices=ROWS, metavar="ROW", help=f"row of the table: {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--minutes", type=positive, metavar="M", help="minutes of training (or give --steps)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write and resume")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print how many steps fit and how long the evaluation takes; write nothing",
+    )
+    parser.add_argument(
+        "--measure",
+        type=positive,
+        default=20.0,
+        metavar="SECONDS",
+        help="length of the warm-up that measures the rate of training (default: 20)",
+    )
+    add_evaluation_options(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )

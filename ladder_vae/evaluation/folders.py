@@ -14,9 +14,10 @@ from runtime.errors import UserError
 from runtime.files import read_json
 
 SPLIT, SAMPLES = "test", (1, 100)
+_OTHER_SPLITS = "|".join(re.escape(split) for split in datasets.SPLITS if split != SPLIT)
 _NAME = re.compile(
     r"(?P<step>0|[1-9][0-9]{0,17})"
-    rf"(?:-(?P<split>{'|'.join(re.escape(name) for name in datasets.SPLITS)}))?"
+    rf"(?:-(?P<split>{_OTHER_SPLITS}))?"
     r"(?:-limit-(?P<limit>[0-9]{1,18}))?"
     r"(?:-seed-(?P<seed>[0-9]{1,19}))?"
     r"(?:-samples-(?P<samples>[0-9]{1,18}(?:-[0-9]{1,18})*))?"

@@ -126,7 +126,9 @@ def test_a_longer_run_continues_and_is_evaluated_again(row: Path, tmp_path: Path
 
 def test_other_samples_are_evaluated_without_training(row: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(row, tmp_path / "row"))
-    out = reproduced(folder, *COMMAND, "--samples", 1, 2)
+    line = refusal(reproduce.main, *COMMAND, "--samples", 1, 2, "--out", folder)
+    assert "another samples ([1, 5] instead of [1, 2])" in line
+    out = reproduced(folder, *COMMAND, "--samples", 1, 2, "--overwrite")
     assert list(json.loads((folder / "metrics.json").read_text())["iw"]) == ["1", "2"]
     assert "run folder" not in out
 
@@ -185,7 +187,7 @@ def test_interruptions_change_nothing(
             scored.append(number)
         return group(sampler, number)
 
-    monkeypatch.setattr("ladder.Ladder.batch_size", lambda _: 20)  # ten groups
+    monkeypatch.setattr("ladder.Ladder.batch_size", 20)  # ten groups
     with monkeypatch.context() as patch:
         patch.setattr(ImportanceSampler, "group", interrupted_group)
         codes = [run(reproduce.main, *COMMAND, "--out", folder).code for _ in range(10)]

@@ -48,7 +48,12 @@ def test_a_ladder_is_loaded_from_runs_and_published_files(
     trained_run: Path, published: Path
 ) -> None:
     """By str or Path, with the same weights."""
-    paths = [trained_run, str(trained_run), published, str(published / "model.safetensors")]
+    paths: list[str | Path] = [
+        trained_run,
+        str(trained_run),
+        published,
+        str(published / "model.safetensors"),
+    ]
     loaded = [Ladder.load(path, device="cpu") for path in paths]
     for ladder in loaded:
         assert (ladder.step, ladder.depth, ladder.source.weights) == (30, 2, "average")

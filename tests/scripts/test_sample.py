@@ -72,8 +72,8 @@ def test_an_interpolation_joins_two_images(trained_run: Path) -> None:
     make_digit("a.png")
     make_digit("b.png", level=0)
     sampled(trained_run, "--interpolate a.png b.png --out way.npz")
-    images = [np.asarray(Image.open(name))[None] for name in ("a.png", "b.png")]
-    expected = Ladder.load(trained_run, device="cpu").interpolate(*images)
+    a, b = (np.asarray(Image.open(name)) for name in ("a.png", "b.png"))
+    expected = Ladder.load(trained_run, device="cpu").interpolate(a, b)
     assert_close(torch.from_numpy(arrays("way.npz")), expected)
     sampled(trained_run, "--interpolate a.png b.png -n 4 --layers 2 --out top.npz")
     assert len(arrays("top.npz")) == 4

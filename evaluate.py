@@ -168,11 +168,11 @@ def evaluate(
         seed: random seed of all noise, and of the images that `limit` chooses.
         temperature: factor on the prior's standard deviations in samples.png, for all layers or
             for each from the bottom.
-        limit: evaluate this many random images; None for all.
+        limit: number of random images to evaluate; None for all.
         overwrite: replace an evaluation with other settings in `folder`.
         ranks: the processes that share the work; the first one writes.
-        check: called before each group of images; may raise to interrupt the evaluation. The same
-            call resumes it.
+        check: called before each group of images; may raise to interrupt the evaluation, which
+            the same call resumes.
 
     Returns the content of metrics.json, in every process. Raises `UserError` if the folder holds an
     evaluation with other settings.
@@ -224,9 +224,9 @@ def draw_pictures(
 
 
 def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
-    """The index of `limit` random images, or of all for None; raises `UserError` for too many."""
+    """The indices of `limit` random images, or of all if None; `UserError` if there are fewer."""
     if limit is not None and limit > len(images):
-        raise UserError(f"--limit is {limit} but {images.split} has {len(images)} images")
+        raise UserError(f"--limit is {limit} but {images.split} has only {len(images)} images")
     return random_index(len(images), limit or len(images), seed)
 
 
@@ -264,7 +264,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def print_results(ladder: EvaluatedLadder, results: dict[str, Any], folder: Path) -> None:
-    """Print the table of bounds, and where the files are."""
+    """Print the table of bounds and the paths of the files."""
     split = results["split"]
     print(
         f"{results['dataset']}, {results['n_images']:,} {split} images, step {ladder.step:,}, "

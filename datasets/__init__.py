@@ -1,6 +1,7 @@
-"""Image data sets, downloaded and checked once, then read on the training device.
+"""Image data sets: downloaded once, checked, and read from the training device's memory.
 
-To add a data set, write a module with `SHAPE`, `BINARY` and `load`, and add it to `_MODULES`.
+To add a data set, write a module with `SHAPE`, `BINARY` and `load` (see `_Module`), and add it to
+`_MODULES`.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ __all__ = ["NAMES", "SPLITS", "ImageSet", "TrainingBatches", "image_shape", "is_
 
 
 class _Module(Protocol):
-    """The interface of a data set's module."""
+    """What the module of a data set must define."""
 
     SHAPE: Shape
     BINARY: bool
@@ -50,7 +51,7 @@ def load(name: str, split: str, data_dir: str | Path) -> ImageSet:
         data_dir: the folder of the data sets' files.
 
     Raises:
-        UserError: there is no such data set or split, or its file cannot be made, or is damaged.
+        UserError: there is no such data set or split, or its file is damaged or cannot be made.
     """
     module = _module(name)
     if split not in SPLITS:

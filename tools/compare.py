@@ -25,7 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="run folder, folder of an evaluation, or metrics.json",
+        help="run folder (its newest evaluation), folder of an evaluation, or metrics.json",
     )
     parser.add_argument(
         "--out",

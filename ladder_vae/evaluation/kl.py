@@ -46,7 +46,7 @@ def sampled_terms(guide: Guide) -> tuple[Tensor, Tensor]:
 def mean_kl(guide: Guide, images: Images, index: Tensor, batch_size: int) -> list[Tensor]:
     """The KL in closed form given z_{>i}, averaged over the images at `index`.
 
-    Returns (z_dims[i], h_i, w_i) for each layer, in nats per image, on the CPU.
+    Returns (Z, h, w) for each layer, bottom to top, in nats per image, on the CPU.
     """
     totals: list[Tensor] = []
     for part in index.split(batch_size):
@@ -60,10 +60,10 @@ def mean_kl(guide: Guide, images: Images, index: Tensor, batch_size: int) -> lis
 
 
 def by_channel(kl: list[Tensor]) -> list[Tensor]:
-    """A `mean_kl` summed over positions: (z_dims[i],) for each layer."""
+    """The result of `mean_kl` summed over positions: (Z,) for each layer."""
     return [layer.sum((1, 2)) for layer in kl]
 
 
 def by_position(kl: list[Tensor]) -> list[Tensor]:
-    """A `mean_kl` summed over channels: (h_i, w_i) for each layer."""
+    """The result of `mean_kl` summed over channels: (h, w) for each layer."""
     return [layer.sum(0) for layer in kl]

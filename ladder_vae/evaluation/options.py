@@ -14,7 +14,7 @@ from runtime.errors import UserError
 
 
 def random_seed(text: str) -> int:
-    """The type of --seed."""
+    """The argparse type of a random seed."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} must be at least 0 and below 2**63")
@@ -33,7 +33,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="last",
         metavar="STEP",
-        help="a step, best or last (default: last)",
+        help="checkpoint to use: a step, best or last (default: last)",
     )
     parser.add_argument(
         "--average",
@@ -91,7 +91,7 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: LVAE_DATA in the environment, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
 
 
@@ -137,5 +137,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Parse a command line; raises `UserError` unless --samples ascends."""
     arguments = parser.parse_args(argv)
     if any(a >= b for a, b in itertools.pairwise(arguments.samples)):
-        raise UserError(f"--samples is {' '.join(map(str, arguments.samples))}; it must ascend")
+        raise UserError(
+            f"--samples is {' '.join(map(str, arguments.samples))}; give ascending numbers"
+        )
     return arguments

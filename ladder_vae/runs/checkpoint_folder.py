@@ -31,7 +31,7 @@ class CheckpointFolder:
         return self.path / "checkpoints" / "best.json"
 
     def best(self) -> tuple[int, float] | None:
-        """Step and held-out negative ELBO (nats) of the best checkpoint; None without one."""
+        """Step and held-out negative ELBO (nats) of the best checkpoint; None if there is none."""
         if not self._best_path.exists():
             return None
         content = read_json(self._best_path)
@@ -44,14 +44,14 @@ class CheckpointFolder:
         return (step, value) if self.checkpoint_path(step).exists() else None
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None without one."""
+        """The step of the best checkpoint; None if there is none."""
         best = self.best()
         return None if best is None else best[0]
 
     def step_called(self, name: str) -> int | None:
-        """The step that `--checkpoint` means; None for the newest checkpoint.
+        """The step that a value of `--checkpoint` selects; None for "last".
 
-        `name` is a step, best or last. Raises `UserError` for anything else.
+        `name` is a step, "best" or "last". Raises `UserError` for anything else.
         """
         if name == "last":
             return None
@@ -65,7 +65,7 @@ class CheckpointFolder:
         return int(name)
 
     def load_checkpoint(self, step: int | None, device: torch.device) -> dict[str, Any]:
-        """The state after `step`, or the newest for None.
+        """The state after `step`, or the newest state if None.
 
         Raises `UserError` if there is no such checkpoint, and `Damaged` if it is damaged.
         """

@@ -63,7 +63,7 @@ def as_user_errors() -> Iterator[None]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number with a minimum."""
+    """The argparse type of a whole number of at least `least`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -75,7 +75,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset` and all options of `RunConfig`; only given ones end up in the namespace."""
+    """Add `--preset` and all options of `RunConfig`; the namespace holds only those given."""
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options of `RunConfig`, in groups; only given ones end up in the namespace."""
+    """Add all options of `RunConfig`, in groups; the namespace holds only those given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in OPTIONS.items():
         title = field.metadata["group"]
@@ -117,7 +117,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Fi
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that the command line gives explicitly, by name."""
+    """The options that the command line sets, by name."""
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
@@ -132,6 +132,6 @@ def config_from(arguments: argparse.Namespace) -> RunConfig:
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:
-    """`RunConfig.of`, but errors are `UserError`s that name the flags."""
+    """Like `RunConfig.of`, but raises `UserError`, which names the flag."""
     with as_user_errors():
         return RunConfig.of(**options)

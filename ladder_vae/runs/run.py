@@ -1,7 +1,7 @@
 """Run folders: a run's configuration and checkpoints.
 
     RUN/config.json             the configuration
-    RUN/checkpoints/STEP.pt     the newest states of training, and the best one
+    RUN/checkpoints/STEP.pt     the newest checkpoints, and the best one
     RUN/checkpoints/best.json   which checkpoint is best, by the ELBO of the held-out images
     RUN/eval/STEP/              evaluate.py's results for that step
 
@@ -82,12 +82,12 @@ class Run(CheckpointFolder):
         }
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, and remove old ones: the newest and the best stay."""
+        """Write a checkpoint, and remove all but the newest ones and the best."""
         write_checkpoint(self.checkpoint_path(step), state | {"step": step})
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        # If the run went back to an older checkpoint, it will overwrite the later ones.
+        # Later checkpoints exist if the run resumed from an older one; it will overwrite them.
         passed = [old for old in self.checkpoint_steps() if old <= step]
         best = self.best_step()
         for old in passed[: -self.config.keep_checkpoints]:
@@ -96,18 +96,18 @@ class Run(CheckpointFolder):
                     self.checkpoint_path(old).unlink()
 
     def is_better(self, step: int, negative_elbo: float) -> bool:
-        """Whether `negative_elbo`, of the held-out images after `step`, is the best so far."""
+        """Whether `negative_elbo`, of the held-out images after `step`, is the lowest so far."""
         best = self.best()
         better = best is None or best[0] == step or negative_elbo < best[1]
         return better and math.isfinite(negative_elbo)
 
     def mark_best(self, step: int, negative_elbo: float) -> None:
-        """Mark the checkpoint of `step` as the best one, in place of an earlier one."""
+        """Record in best.json that the checkpoint of `step` is the best one."""
         write_json(self._best_path, {"step": step, "negative_elbo": negative_elbo})
         self._prune(step)
 
     def newest_whole(self, device: torch.device) -> tuple[dict[str, Any] | None, list[Damaged]]:
-        """The newest undamaged state, and the errors of newer checkpoints.
+        """The state of the newest undamaged checkpoint, and the errors of the newer ones.
 
         The state is None if there is no checkpoint. Raises `Damaged` if all are damaged.
         """

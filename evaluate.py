@@ -4,42 +4,150 @@
     torchrun --nproc-per-node 8 evaluate.py runs/mnist-12 --samples 1 100 1000
 
 Prints a table of negative bounds (lower is better) and writes metrics, pictures and a report into
-RUN/eval/STEP/. The same command resumes an interrupted evaluation.
+RUN/eval/STEP/, or into a folder beside it for other settings than the default. The same command
+resumes an interrupted evaluation.
 """
 
 import argparse
-import itertools
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyro
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import datasets
 from datasets import ImageSet
+from datasets.folder import load_folder
 from ladder import Ladder
-from ladder_vae.evaluation.importance import Blocks, random_index
+from ladder_vae.evaluation.folders import check_replaceable, evaluation_folder
+from ladder_vae.evaluation.importance import Blocks, Bounds, ImportanceSampler, random_index
 from ladder_vae.evaluation.metrics import Metrics, curve_samples, metrics, write_per_image
+from ladder_vae.evaluation.options import (
+    add_bound_options,
+    add_ladder_options,
+    add_temperature_option,
+    parse,
+)
 from ladder_vae.evaluation.sampling import check_temperature
-from ladder_vae.networks.precision import COMPILE, PRECISIONS, Execution
-from ladder_vae.reports.comparison import evaluation_folder
+from ladder_vae.evaluation.scoring import ProgressFile, fingerprint, score
+from ladder_vae.networks.blocks import count_parameters
+from ladder_vae.networks.precision import Execution
 from ladder_vae.reports.figures import draw_album, draw_charts
 from ladder_vae.reports.html import weights_in_words, write_evaluation_report
 from ladder_vae.reports.tables import summary
 from ladder_vae.runs.command_line import OneLineParser, as_user_errors
+from ladder_vae.runs.provenance import commit, provenance
+from ladder_vae.runs.run import Run
 from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
 from runtime.errors import UserError, run_command
-from runtime.files import path_argument, write_json
+from runtime.files import write_json
 
 # What to do after an interruption, or after one of several processes has died.
 ADVICE = "; the same command continues the evaluation"
 
 
+class EvaluatedLadder(Ladder):
+    """A ladder with its run's options and data."""
+
+    @cached_property
+    def run(self) -> Run:
+        """The run that trained the ladder."""
+        path = self.source.path
+        return Run.from_description(path, self.source.description.content, path)
+
+    def images(self, split: str, data_dir: str | Path, dataset: str | None = None) -> ImageSet:
+        """A split of the run's data set, or of another one, on the ladder's device.
+
+        Raises `UserError` if the ladder is not for such images.
+        """
+        dataset = dataset or self.run.config.dataset
+        shape = datasets.image_shape(dataset)  # known without a download
+        if shape != self.image_shape:
+            raise UserError(
+                f"{self.run.path} is a run on images {self.image_shape}, "
+                f"but those of {dataset} are {shape}"
+            )
+        if self._is_binary and not datasets.is_binary(dataset):
+            raise UserError(
+                f"{self.run.path} is a run on binary images, but those of {dataset} have 256 levels"
+            )
+        return datasets.load(dataset, split, data_dir).to(self.device)
+
+    def images_in(self, folder: Path) -> tuple[ImageSet, list[str]]:
+        """The images in a folder, on the ladder's device, and the names of their files.
+
+        Raises `UserError` if the ladder is not for such images.
+        """
+        images, names = load_folder(folder, self.image_shape, binary=self._is_binary)
+        return images.to(self.device), names
+
+    @property
+    def _is_binary(self) -> bool:
+        return datasets.is_binary(self.run.config.dataset)
+
+    def score(
+        self,
+        images: ImageSet,
+        index: Tensor,
+        samples: Sequence[int],
+        folder: Path,
+        *,
+        batch_size: int,
+        seed: int,
+        from_prior: int = 0,
+        ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
+        check: Callable[[], object] = lambda: None,
+    ) -> tuple[Bounds, ProgressFile]:
+        """The bounds of the images at `index`, for each K in `samples` (ascending).
+
+        What is finished is kept in `folder`/.progress, from where an interrupted scoring resumes.
+        Remove the returned progress file when the bounds are saved. `check` is called before each
+        group of images, and may raise to interrupt the scoring.
+        """
+        sampler = ImportanceSampler(
+            self.model,
+            self.guide,
+            images,
+            index,
+            samples,
+            batch_size=batch_size,
+            seed=seed,
+            from_prior=from_prior,
+            execution=self.execution,
+        )
+        origin = {
+            "config": self.run.config.to_dict(),
+            "code": commit(),
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "execution": asdict(self.execution),
+        }
+        key = fingerprint(nn.ModuleList([self.model, self.guide]), sampler, origin)
+        progress = ProgressFile(folder / ".progress", key, sampler)
+        return score(sampler, progress, ranks, check=check), progress
+
+    def origin(self) -> dict[str, Any]:
+        """What a file of metrics records about the ladder and this machine."""
+        return {
+            "step": self.step,
+            "weights": self.source.weights,
+            "precision": self.execution.precision,
+            "layers": self.depth,
+            "parameters": count_parameters(self.model, self.guide),
+            "minutes": self.source.minutes,
+            "training_seed": self.run.config.seed,
+            "trained": self.run.provenance,
+            "provenance": provenance(self.device),
+        }
+
+
 def evaluate(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     images: ImageSet,
     folder: Path,
     *,
@@ -48,6 +156,7 @@ def evaluate(
     seed: int = 0,
     temperature: float | Sequence[float] = 1.0,
     limit: int | None = None,
+    overwrite: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
     check: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
@@ -63,31 +172,32 @@ def evaluate(
         temperature: factor on the prior's standard deviations in samples.png, for all layers or
             for each from the bottom.
         limit: number of random images to evaluate; None for all.
+        overwrite: replace an evaluation with other settings in `folder`.
         ranks: the processes that share the work; the first one writes.
         check: called before each group of images; may raise to interrupt the evaluation, which
             the same call resumes.
 
-    Returns the content of metrics.json, in every process.
+    Returns the content of metrics.json, in every process. Raises `UserError` if the folder holds an
+    evaluation with other settings.
     """
     check_temperature(temperature, ladder.depth)
     index = choose_images(images, limit, seed)
-    size: int = batch_size or ranks.share(ladder.batch_size())
-    curve = curve_samples(samples)
-    bounds, progress = ladder.score(
-        images, index, curve, folder, batch_size=size, seed=seed, ranks=ranks, check=check
-    )
-    blocks = Blocks.of(size, samples[-1])
-    likelihood = ladder.run.config.ladder.likelihood
-    results = metrics(bounds, samples, images.shape, likelihood) | {
-        "dataset": images.name,
-        "split": images.split,
-        "levels": images.levels,
-        "seed": seed,
-        "limit": limit,
-        "batch_size": size,
-        "blocks": {"images": blocks.images, "samples": blocks.samples},
+    size: int = batch_size or ranks.share(ladder.batch_size)
+    settings = {
+        **{"dataset": images.name, "split": images.split, "seed": seed, "limit": limit},
+        **{"samples": list(samples), "temperature": temperature, "batch_size": size},
+        "blocks": asdict(Blocks.of(size, samples[-1])),
         **ladder.origin(),
     }
+    with ranks.together():
+        if ranks.is_first and not overwrite:
+            check_replaceable(folder, settings)
+    options: dict[str, Any] = {"batch_size": size, "seed": seed, "ranks": ranks, "check": check}
+    bounds, progress = ladder.score(images, index, curve_samples(samples), folder, **options)
+    likelihood = ladder.run.config.ladder.likelihood
+    results = (
+        metrics(bounds, samples, images.shape, likelihood) | settings | {"levels": images.levels}
+    )
     if ranks.is_first:
         draw_charts(folder, bounds, results)
         draw_pictures(ladder, images, folder, temperature, size, seed)
@@ -99,7 +209,7 @@ def evaluate(
 
 
 def draw_pictures(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     images: ImageSet,
     folder: Path,
     temperature: float | Sequence[float],
@@ -111,7 +221,7 @@ def draw_pictures(
         folder,
         ladder.model,
         ladder.guide,
-        ladder.run.config.ladder,
+        ladder.config,
         images,
         temperature=temperature,
         batch_size=batch_size,
@@ -126,141 +236,25 @@ def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
     return random_index(len(images), limit or len(images), seed)
 
 
-# --- The command line; the tools reuse parts of it ---
+# --- The command line ---
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The argparse type of a whole number of at least `least`."""
-
-    def integer(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
-        return value
-
-    return integer
-
-
-def random_seed(text: str) -> int:
-    """The argparse type of a random seed."""
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 0 and below 2**63")
-    return value
-
-
-def add_ladder_options(parser: argparse.ArgumentParser) -> None:
-    """Add RUN and the options that choose checkpoint, images, device and output folder."""
-    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder of train_svi.py")
-    parser.add_argument(
-        "--checkpoint",
-        default="last",
-        metavar="STEP",
-        help="checkpoint to evaluate: a step, best or last (default: last)",
-    )
-    parser.add_argument(
-        "--average",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="use the moving average of the weights if the run has one (default: yes)",
-    )
-    parser.add_argument(
-        "--split",
-        choices=datasets.SPLITS,
-        default="test",
-        help="split of the data set (default: test)",
-    )
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="FOLDER",
-        help="where to write (default: RUN/eval/STEP, or RUN/eval/STEP-SPLIT if the split is not "
-        "test)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=at_least(1),
-        metavar="N",
-        help="images times samples per pass (default: chosen by network and device)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=random_seed,
-        default=0,
-        metavar="N",
-        help="random seed of the noise and of the images that --limit chooses (default: 0)",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    parser.add_argument(
-        "--compile",
-        choices=COMPILE,
-        default="auto",
-        help="compile the residual blocks, which takes a minute at the start; auto: on a GPU "
-        "(default: auto)",
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=path_argument,
-        default=os.environ.get("LVAE_DATA", "data"),
-        help="folder of the data sets (default: $LVAE_DATA, or data/)",
-    )
-
-
-def add_bound_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of importance-weighted bounds."""
-    parser.add_argument(
-        "--samples",
-        type=at_least(1),
-        nargs="+",
-        default=[1, 100],
-        metavar="K",
-        help="numbers of importance samples, ascending (default: 1 100)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=at_least(1),
-        metavar="N",
-        help="evaluate N random images (default: all)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of the networks; tf32 (on a GPU) and bf16 are faster, but bf16 changes "
-        "bounds of digits by up to a tenth of a nat (default: float32)",
-    )
-
-
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse a command line; raises `UserError` unless --samples ascends."""
-    arguments = parser.parse_args(argv)
-    if any(a >= b for a, b in itertools.pairwise(arguments.samples)):
-        raise UserError(
-            f"--samples is {' '.join(map(str, arguments.samples))}; give ascending numbers"
-        )
-    return arguments
-
-
-def load_ladder(arguments: argparse.Namespace, local_rank: int = 0) -> Ladder:
+def load_ladder(arguments: argparse.Namespace, local_rank: int = 0) -> EvaluatedLadder:
     """The ladder that the options of `add_ladder_options` choose."""
     device = choose_device(arguments.device, local_rank)
     precision = getattr(arguments, "precision", "float32")
     with as_user_errors():
         execution = Execution.choose(precision, arguments.compile, device)
-    return Ladder.load(
+    ladder = EvaluatedLadder.load(
         arguments.run,
         checkpoint=arguments.checkpoint,
         device=device,
         average=arguments.average,
         execution=execution,
     )
-
-
-def output_folder(arguments: argparse.Namespace, ladder: Ladder) -> Path:
-    """--out, or the ladder's own folder for the split."""
-    return arguments.out or evaluation_folder(ladder.run.path, ladder.step, arguments.split)
+    if arguments.out is None and not ladder.source.path.is_dir():
+        raise UserError(f"{arguments.run} is a file, so there is no folder for results: add --out")
+    return ladder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -271,24 +265,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_ladder_options(parser)
     add_bound_options(parser)
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        metavar="T",
-        help="factor on the prior's standard deviations in samples.png, one for all layers or one "
-        "for each layer, bottom to top (default: 1)",
-    )
+    add_temperature_option(parser, " in samples.png")
     return parse(parser, argv)
 
 
-def print_results(ladder: Ladder, results: dict[str, Any], folder: Path) -> None:
+def print_results(ladder: EvaluatedLadder, results: dict[str, Any], folder: Path) -> None:
     """Print the table of bounds and the paths of the files."""
     split = results["split"]
     print(
         f"{results['dataset']}, {results['n_images']:,} {split} images, step {ladder.step:,}, "
-        f"{weights_in_words(ladder.weights)}"
+        f"{weights_in_words(ladder.source.weights)}"
     )
     print(summary(Metrics.from_dict(results)))
     if results["warning"] is not None:
@@ -305,10 +291,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = enough_memory("give a smaller number to --batch-size")
     with pyro.validation_enabled(False), joined_ranks(ADVICE) as ranks, memory:
         ladder = load_ladder(arguments, ranks.local_rank)
-        folder = output_folder(arguments, ladder)
         given = arguments.temperature
         temperature = given if len(given) > 1 else given[0]
         check_temperature(temperature, ladder.depth)  # before a possible download
+        folder = arguments.out or evaluation_folder(
+            ladder.source.path,
+            ladder.step,
+            arguments.split,
+            limit=arguments.limit,
+            seed=arguments.seed,
+            samples=arguments.samples,
+            temperature=given,
+        )
         results = evaluate(
             ladder,
             ladder.images(arguments.split, arguments.data_dir),
@@ -318,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             temperature=temperature,
             limit=arguments.limit,
+            overwrite=arguments.overwrite,
             ranks=ranks,
         )
         if ranks.is_first:

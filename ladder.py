@@ -1,181 +1,283 @@
-"""A trained ladder: its model and guide with the weights of a checkpoint.
+"""A trained ladder in Python: load it, sample, encode, compute bounds.
 
     ladder = Ladder.load("runs/mnist-12")
-    images = ladder.images("test", "data")
+    images = ladder.sample(64, temperature=0.8)
 
-`Ladder.score` computes bounds on the log-likelihood of such images.
+Needs no data set, and no file once it is loaded. Layers are numbered from 1, the bottom, and lists
+run from the bottom to the top. Samples are drawn with PyTorch's global random generator, which
+`torch.manual_seed` seeds. docs/python.md shows more.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import datasets
-from datasets import ImageSet
-from datasets.folder import load_folder
 from elbo import FreeBitsELBO
 from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
-from ladder_vae.evaluation.scoring import ProgressFile, fingerprint, score
-from ladder_vae.networks.blocks import count_parameters
+from ladder_vae.evaluation.inputs import GivenImages, as_images, as_levels
+from ladder_vae.evaluation.sampling import (
+    Latents,
+    check_temperature,
+    draws,
+    encodings,
+    interpolation,
+    reconstructions,
+)
+from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.checkpoint import load_weights
-from ladder_vae.runs.provenance import commit, provenance
-from ladder_vae.runs.run import Run
+from ladder_vae.runs.trained import Source, load_trained
 from model import LadderModel
 from runtime.device import choose_device
-from runtime.distributed import Ranks
 from runtime.errors import UserError
 
+__all__ = ["Bounds", "Ladder", "Latents", "UserError"]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Ladder:
-    """A trained model and guide, in evaluation mode."""
+    """A trained model and guide, in evaluation mode.
 
-    run: Run
-    model: LadderModel
-    guide: LadderGuide
-    step: int
-    weights: str  # "average" or "last"
-    minutes: float | None  # of training; None for imported weights
+    Images x are NumPy arrays or tensors on any device: uint8 with levels from 0 to 255, or floats
+    from 0 to 1, of the shape (N, C, H, W), (C, H, W), or for grey images (N, H, W) or (H, W). A
+    ladder for binary images takes black and white pixels only and thresholds nothing. Results are
+    tensors on the ladder's device. Methods raise `UserError`, with a message of one line, for
+    arguments that do not fit.
+    """
+
+    model: LadderModel  # p(x, z)
+    guide: LadderGuide  # q(z | x)
+    source: Source
     device: torch.device
     execution: Execution
 
     @classmethod
     def load(
         cls,
-        run: Run | str | os.PathLike[str],
+        path: str | os.PathLike[str],
         *,
         checkpoint: int | str = "last",
         device: torch.device | str = "auto",
         average: bool = True,
         execution: Execution = Execution(),  # noqa: B008 (immutable)
-    ) -> "Ladder":
-        """Load a checkpoint of a run.
+    ) -> Self:
+        """Load trained weights.
 
         Args:
-            run: a run or its folder.
-            checkpoint: a step, "best" or "last".
+            path: a run folder, a published folder, or a published .safetensors file.
+            checkpoint: a step, "best" or "last", of a run folder.
             device: a device, or the name of one; "auto" prefers a GPU.
-            average: use the moving average of the weights, if the checkpoint has one.
+            average: use the moving average of the weights, if there is one.
             execution: how the networks are run.
 
         Raises:
-            UserError: there is no such run, checkpoint or device, or the file is damaged.
+            UserError: there are no such weights or device, or a file is damaged.
         """
-        run = run if isinstance(run, Run) else Run.open(Path(run))
+        source, weights = load_trained(Path(path).expanduser(), str(checkpoint), average=average)
         device = choose_device(device) if isinstance(device, str) else device
-        state = run.load_checkpoint(run.step_called(str(checkpoint)), device)
-        model, guide = build_ladder(run.config.ladder, run.image_shape)
-        module: Any = FreeBitsELBO()(model, guide).to(device).eval()
-        use_average = average and state["average"] is not None
-        load_weights(module, state["average"]["weights"] if use_average else state["weights"])
+        described = source.description
+        try:
+            model, guide = build_ladder(described.ladder, described.image_shape)
+        except ValueError as error:
+            raise UserError(f"{source.path} describes no ladder: {error}") from error
+        module: Any = FreeBitsELBO()(model, guide)
+        load_weights(module, weights)
         if not all(tensor.isfinite().all() for tensor in module.state_dict().values()):
             raise UserError(
-                f"the weights of step {state['step']} are not all finite, because the training "
+                f"the weights of step {source.step} are not all finite, because the training "
                 "diverged: give an earlier step to --checkpoint"
             )
-        execution.prepare(module)
-        weights = "average" if use_average else "last"
-        return cls(run, model, guide, state["step"], weights, state["minutes"], device, execution)
+        execution.prepare(module.to(device).eval())
+        return cls(model, guide, source, device, execution)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, revision: str | None = None, **options: Any) -> Self:
+        """Download a published ladder from the Hugging Face hub, once, and load it.
+
+        Args:
+            name: OWNER/NAME on the hub.
+            revision: a branch, tag or commit there; None for the newest.
+            options: those of `load`.
+
+        Raises:
+            UserError: huggingface_hub is not installed, or the download fails.
+        """
+        try:
+            from huggingface_hub import snapshot_download
+        except ImportError:
+            raise UserError(
+                "downloads need the package huggingface_hub: run pip install huggingface_hub, or "
+                "download the folder and give its path to Ladder.load"
+            ) from None
+        files = ["model.safetensors", "config.json"]
+        try:
+            folder = snapshot_download(name, revision=revision, allow_patterns=files)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"cannot download {name!r} from the Hugging Face hub: {reason}"
+            ) from error
+        return cls.load(folder, **options)
+
+    @property
+    def config(self) -> LadderConfig:
+        """The architecture."""
+        return self.source.description.ladder
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.source.description.image_shape
 
     @property
     def depth(self) -> int:
         """The number of stochastic layers."""
-        return len(self.run.config.ladder.z_dims)
-
-    def images(self, split: str, data_dir: str | Path, dataset: str | None = None) -> ImageSet:
-        """A split of the run's data set, or of another one, on the ladder's device.
-
-        Raises `UserError` if the ladder is not for such images.
-        """
-        dataset = dataset or self.run.config.dataset
-        shape = datasets.image_shape(dataset)  # known without a download
-        if shape != self.run.image_shape:
-            raise UserError(
-                f"{self.run.path} is a run on images {self.run.image_shape}, "
-                f"but those of {dataset} are {shape}"
-            )
-        if self._is_binary and not datasets.is_binary(dataset):
-            raise UserError(
-                f"{self.run.path} is a run on binary images, but those of {dataset} have 256 levels"
-            )
-        return datasets.load(dataset, split, data_dir).to(self.device)
-
-    def images_in(self, folder: Path) -> tuple[ImageSet, list[str]]:
-        """The images in a folder, on the ladder's device, and the names of their files.
-
-        Raises `UserError` if the ladder is not for such images.
-        """
-        images, names = load_folder(folder, self.run.image_shape, binary=self._is_binary)
-        return images.to(self.device), names
+        return len(self.config.z_dims)
 
     @property
-    def _is_binary(self) -> bool:
-        return datasets.is_binary(self.run.config.dataset)
+    def step(self) -> int:
+        """The training step of the weights."""
+        return self.source.step
 
+    @cached_property
     def batch_size(self) -> int:
-        """The automatic batch size (images times samples per pass) for network and device."""
-        x = torch.zeros(1, *self.run.image_shape, device=self.device)
-        return automatic_batch_size(self.run.config.ladder, self.guide, x)
+        """The number of images per pass that suits the network and the device."""
+        x = torch.zeros(1, *self.image_shape, device=self.device)
+        return automatic_batch_size(self.config, self.guide, x)
 
-    def score(
+    def sample(
         self,
-        images: ImageSet,
-        index: Tensor,
-        samples: Sequence[int],
-        folder: Path,
+        n: int = 64,
         *,
-        batch_size: int,
-        seed: int,
-        from_prior: int = 0,
-        ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
-        check: Callable[[], object] = lambda: None,
-    ) -> tuple[Bounds, ProgressFile]:
-        """The bounds of the images at `index`, for each K in `samples` (ascending).
+        temperature: float | Sequence[float] = 1.0,
+        above: int | None = None,
+        given: Any = None,
+        mean: bool = False,
+    ) -> Tensor:
+        """Images from the prior: (n, C, H, W) in [0, 1].
 
-        Finished groups of images are kept in `folder`/.progress, and the same call resumes an
-        interrupted scoring from there. Remove the returned progress file when the bounds are saved.
-        `check` is called before each group and may raise to interrupt the scoring.
+        Args:
+            n: the number of images, at least 1.
+            temperature: factor on the standard deviations of the prior, for all layers or for
+                each from the bottom.
+            above: keep the layers above this one, as encoded from `given`, and draw the layers
+                from it down, so that 0 keeps all layers.
+            given: one image, which all samples share, or n images.
+            mean: return the means of p(x | z) instead of draws of x.
         """
+        _check_count("n", n, 1)
+        check_temperature(temperature, self.depth)
+        kept = self._kept(n, above, given)
+        found = [
+            draws(
+                self.model,
+                min(self.batch_size, n - start),
+                {name: z[start : start + self.batch_size] for name, z in kept.items()},
+                temperature,
+                mean=mean,
+            )
+            for start in range(0, n, self.batch_size)
+        ]
+        return torch.cat(found).clamp(0, 1)  # a Gaussian likelihood reaches beyond
+
+    def _kept(self, n: int, above: int | None, given: Any) -> dict[str, Tensor]:
+        """The latents of the layers above `above`, by site name, each (n, Z, h, w)."""
+        if above is None and given is None:
+            return {}
+        if above is None or given is None:
+            raise UserError("`above` and `given` need each other: a layer, and an image")
+        if not 0 <= above < self.depth:
+            raise UserError(f"`above` is {above}; it must be from 0 to {self.depth - 1}")
+        images = self._images(given, "given")
+        if len(images) not in (1, n):
+            raise UserError(f"`given` holds {len(images)} images; it must hold one, or n = {n}")
+        latents = self.encode(images)
+        return {
+            f"z_{i + 1}": latents[i].sample.expand(n, -1, -1, -1) for i in range(above, self.depth)
+        }
+
+    def encode(self, x: Any) -> list[Latents]:
+        """Draw the latents of images from q(z | x).
+
+        Returns, for each layer from the bottom, `sample`, `mean` and `std`, (N, Z, h, w) each.
+        Mean and standard deviation are those given the samples of the layers above.
+        """
+        parts = [encodings(self.guide, part) for part in self._images(x).split(self.batch_size)]
+        return [
+            Latents(*map(torch.cat, zip(*layer, strict=True))) for layer in zip(*parts, strict=True)
+        ]
+
+    def reconstruct(self, x: Any) -> Tensor:
+        """The means of p(x | z) for one draw of z from q(z | x): (N, C, H, W) in [0, 1]."""
+        parts = self._images(x).split(self.batch_size)
+        return torch.cat([reconstructions(self.guide, part) for part in parts]).clamp(0, 1)
+
+    def interpolate(
+        self, a: Any, b: Any, steps: int = 9, layers: Collection[int] | None = None
+    ) -> Tensor:
+        """Images between two images: (steps, C, H, W) in [0, 1], means of p(x | z).
+
+        The latents of `layers`, by default of all, are interpolated linearly between the means of
+        the two images' posteriors. The other layers are at the mode of their prior. With all
+        layers, the first and the last image are reconstructions of `a` and `b`.
+        """
+        _check_count("steps", steps, 2)
+        layers = range(1, self.depth + 1) if layers is None else layers
+        if not layers or not set(layers) <= set(range(1, self.depth + 1)):
+            shown = " ".join(map(str, layers)) or "empty"
+            raise UserError(f"`layers` is {shown}; layers go from 1, the bottom, to {self.depth}")
+        ends = torch.cat([self._images(a, "a"), self._images(b, "b")])
+        if len(ends) != 2:
+            raise UserError("`a` and `b` must be one image each")
+        return interpolation(self.model, self.guide, ends, steps, layers).clamp(0, 1)
+
+    def log_likelihood(
+        self, x: Any, samples: int | Sequence[int] = 1000, *, seed: int = 0
+    ) -> Bounds:
+        """Importance-weighted bounds on log p(x), image by image, in nats.
+
+        Args:
+            x: images.
+            samples: the number K of importance samples, or several in ascending order.
+            seed: random seed of the noise; the same one gives the same digits.
+
+        Returns the ELBO (N,), the bound for each K, `importance_weighted[K]` (N,), the KL by layer
+        (N, L), the effective sample sizes and Pareto k-hat (N,), on the CPU in float64.
+        """
+        numbers = [samples] if isinstance(samples, int) else list(samples)
+        for number in numbers:
+            _check_count("samples", number, 1)
+        if not numbers or numbers != sorted(set(numbers)):
+            raise UserError(f"`samples` is {samples}; it must be a number, or several that ascend")
+        images = self._images(x)
+        if self.config.likelihood.startswith("discr"):
+            images = as_levels(images)
         sampler = ImportanceSampler(
             self.model,
             self.guide,
-            images,
-            index,
-            samples,
-            batch_size=batch_size,
+            GivenImages(images),
+            torch.arange(len(images)),
+            numbers,
+            batch_size=self.batch_size,
             seed=seed,
-            from_prior=from_prior,
             execution=self.execution,
         )
-        origin = {
-            "config": self.run.config.to_dict(),
-            "code": commit(),
-            "torch": torch.__version__,
-            "device": self.device.type,
-            "execution": asdict(self.execution),
-        }
-        key = fingerprint(nn.ModuleList([self.model, self.guide]), sampler, origin)
-        progress = ProgressFile(folder / ".progress", key, sampler)
-        return score(sampler, progress, ranks, check=check), progress
+        groups = (sampler.group(number).table() for number in range(len(sampler)))
+        return sampler.in_order(groups)
 
-    def origin(self) -> dict[str, Any]:
-        """The entries of a metrics file that describe the ladder and this machine."""
-        return {
-            "step": self.step,
-            "weights": self.weights,
-            "precision": self.execution.precision,
-            "layers": self.depth,
-            "parameters": count_parameters(self.model, self.guide),
-            "minutes": self.minutes,
-            "training_seed": self.run.config.seed,
-            "trained": self.run.provenance,
-            "provenance": provenance(self.device),
-        }
+    def _images(self, x: Any, name: str = "x") -> Tensor:
+        binary = self.config.likelihood == "bernoulli"
+        return as_images(x, self.image_shape, self.device, binary=binary, name=name)
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"`{name}` is {value}; it must be a whole number, at least {least}")

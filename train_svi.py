@@ -3,6 +3,7 @@
     python train_svi.py --preset digits --out runs/digits
     python train_svi.py --preset mnist-12 --max-minutes 600 --lr-decay cosine --ema 0.999
     python train_svi.py --resume runs/digits --steps 3000
+    python train_svi.py --init-from runs/digits --lr 1e-4 --steps 500 --out runs/fine-tuned
     torchrun --nproc-per-node 8 train_svi.py --preset celeba-20 --out runs/celeba-20
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
@@ -34,13 +35,16 @@ from ladder_vae.runs.command_line import (
     add_options,
     as_user_errors,
     config_from,
+    config_of,
     given_options,
+    requested_options,
     with_lengths,
 )
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.data_parallel import check_batch_size
+from ladder_vae.training.fine_tuning import InitialWeights
 from ladder_vae.training.resume import StoredRun, is_finished
 from ladder_vae.training.trainer import Diverged, Trainer, train
 from runtime.device import choose_device, enough_memory, keep_freed_memory
@@ -96,20 +100,31 @@ def begin(
     data_dir: Path,
     ranks: Ranks = ONE_PROCESS,
     numbered: bool = False,
+    initial: InitialWeights | None = None,
 ) -> tuple[Trainer, Run | None]:
     """A new run in the folder `path`, ready to train; if `path` is None, nothing is written.
 
-    With `numbered`, a number is appended to the folder's name if the folder exists. If several
-    processes share the work, only the first one gets the `Run`.
+    It starts from `initial` weights, or random ones for None. With `numbered`, a number is appended
+    to the folder's name if the folder exists. If several processes share the work, only the first
+    one gets the `Run`.
     """
     trainer = build_trainer(config, device, data_dir, ranks)
-    trainer.initialise()
+    if initial is None:
+        trainer.initialise()
+    else:
+        with ranks.together():
+            initial.check_images(trainer.images.shape)
+            trainer.start_from(initial.weights)
+    state = None if initial is None else trainer.state()  # from all processes
     trainer.prepare()
     run = None
     with ranks.together():
         if ranks.is_first and path is not None:
             origin = provenance(device, ranks.size) | Launch.of_environment().provenance()
+            origin |= {} if initial is None else initial.provenance()
             run = Run.create(path, config, trainer.images.shape, origin, numbered=numbered)
+            if state is not None:  # so that resuming never needs the initial weights' own files
+                run.save_checkpoint(0, state)
     return trainer, run
 
 
@@ -176,6 +191,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN",
         help="continue the run in RUN; a length replaces all of its lengths",
     )
+    parser.add_argument(
+        "--init-from",
+        type=path_argument,
+        metavar="RUN",
+        help="start from the weights of a run, or of a folder or file of tools.export_weights",
+    )
     parser.add_argument("--dry-run", action="store_true", help="train, but write nothing to disk")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
@@ -205,18 +226,34 @@ def prepare(
         torch.cuda.set_device(device)
     data_dir = arguments.data_dir
     if arguments.resume is not None:
-        if arguments.preset or arguments.out or arguments.dry_run:
-            raise UserError("--resume cannot be combined with --preset, --out or --dry-run")
+        if arguments.preset or arguments.out or arguments.dry_run or arguments.init_from:
+            raise UserError(
+                "--resume cannot be combined with --preset, --out, --dry-run or --init-from"
+            )
         changes = with_lengths(given_options(arguments))
         return resume(
             arguments.resume, device=device, data_dir=data_dir, changes=changes, ranks=ranks
         )
     if ranks.share(is_begun(arguments, launch)):
         return resume(arguments.out, device=device, data_dir=data_dir, ranks=ranks)
-    config = config_from(arguments)
+    initial = None
+    with ranks.together():
+        if arguments.init_from is not None:
+            initial = InitialWeights.load(arguments.init_from)
+            config = config_of(initial.options(requested_options(arguments)))
+        else:
+            config = config_from(arguments)
     path = None if arguments.dry_run else arguments.out or default_folder(config, arguments.preset)
     numbered = arguments.out is None
-    return begin(config, path, device=device, data_dir=data_dir, ranks=ranks, numbered=numbered)
+    return begin(
+        config,
+        path,
+        device=device,
+        data_dir=data_dir,
+        ranks=ranks,
+        numbered=numbered,
+        initial=initial,
+    )
 
 
 def check_launch(arguments: argparse.Namespace, launch: Launch, ranks: Ranks) -> None:

@@ -31,8 +31,8 @@ import train_svi
 from benchmarks.harness.arguments import benchmark_parser
 from benchmarks.harness.processes import rank_environments as rank_environments
 from benchmarks.harness.records import ROOT
-from evaluate import at_least
 from ladder_vae.runs.checkpoint import Damaged, read_checkpoint
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run

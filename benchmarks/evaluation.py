@@ -48,11 +48,11 @@ from benchmarks.harness.processes import Timed, median_seconds, processes
 from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
 from datasets import ImageSet
 from datasets.images import ColourImages, PackedImages, Shape
-from evaluate import at_least
 from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import Blocks, ImportanceSampler
 from ladder_vae.networks.precision import Execution
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance

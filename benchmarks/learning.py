@@ -34,10 +34,10 @@ from benchmarks.harness.lines import execution_named
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import RESULTS, read_entries
 from datasets import ImageSet
-from evaluate import at_least
 from ladder import Ladder
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
 from ladder_vae.runs import metrics_log
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
@@ -105,7 +105,7 @@ def curve(folder: Path) -> dict[str, list[float]]:
 def scored(run: Run, images: ImageSet, precision: str) -> Bounds:
     """The ELBO of every image with one sample each, with the networks in `precision`."""
     execution = execution_named(f"{precision}+channels_last")
-    ladder = Ladder.load(run, device=CPU, average=False, execution=execution)
+    ladder = Ladder.load(run.path, device=CPU, average=False, execution=execution)
     sampler = ImportanceSampler(
         ladder.model,
         ladder.guide,

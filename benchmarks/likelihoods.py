@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from benchmarks.harness.arguments import add_device, add_repeats, benchmark_parser
 from benchmarks.harness.records import RESULTS
 from benchmarks.harness.timing import medians, seconds
-from evaluate import at_least
 from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.provenance import provenance
 from runtime.device import choose_device
 from runtime.errors import run_command

@@ -22,8 +22,8 @@ from benchmarks.harness.memory import GIB, available_memory, peak_bytes
 from benchmarks.harness.processes import in_fresh_processes
 from benchmarks.harness.records import RESULTS
 from elbo import FreeBitsELBO
-from evaluate import at_least
 from guide import build_ladder
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance

@@ -30,7 +30,6 @@ import model
 import train_svi
 from benchmarks.harness.arguments import add_data_dir, benchmark_parser, config_of_text
 from benchmarks.harness.records import ROOT
-from ladder import Ladder
 from ladder_vae.networks.blocks import ResidualBlock
 from ladder_vae.runs.metrics_log import finite_entries, newest
 from ladder_vae.runs.options import RunConfig
@@ -203,7 +202,7 @@ def _bounds(folder: Path, config: RunConfig, data_dir: Path) -> dict[str, Any]:
     """The ELBO of all validation images, and the bound with 100 samples of some of them."""
 
     def evaluated(*, average: bool = True, **options: Any) -> dict[str, Any]:
-        ladder = Ladder.load(folder, device=CPU, average=average)
+        ladder = evaluate.EvaluatedLadder.load(folder, device=CPU, average=average)
         images = ladder.images("valid", data_dir)
         with tempfile.TemporaryDirectory() as out:
             return evaluate.evaluate(ladder, images, Path(out), **options)

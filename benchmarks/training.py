@@ -43,7 +43,7 @@ from benchmarks.harness.memory import GIB
 from benchmarks.harness.processes import Process, median_seconds, processes
 from benchmarks.harness.records import RESULTS, known_cases, machine_of, merged
 from benchmarks.harness.roofline import PEAKS, least_milliseconds, totals
-from evaluate import at_least
+from ladder_vae.runs.command_line import at_least
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.runs.provenance import provenance

@@ -46,14 +46,20 @@ def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, li
     channels, height, width = shape
     images = np.empty((len(files), height, width, channels), np.uint8)
     for image, file in zip(images, files, strict=True):
-        image[:] = _fitting(read_picture(file), file, shape)
-        if binary:
-            _require_binary(image, file)
+        image[:] = load_picture(file, shape, binary=binary)
     name = folder.resolve().name
     names = [file.name for file in files]
     if binary:
         return PackedImages.pack(name, "folder", images.transpose(0, 3, 1, 2)), names
     return ColourImages(name, "folder", shape, torch.from_numpy(images)), names
+
+
+def load_picture(path: Path, shape: Shape, *, binary: bool) -> np.ndarray:
+    """The levels of an image file, uint8 (H, W, C), which must fit as for `load_folder`."""
+    levels = _fitting(read_picture(path), path, shape)
+    if binary:
+        _require_binary(levels, path)
+    return levels
 
 
 def _image_files(folder: Path) -> list[Path]:

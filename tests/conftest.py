@@ -96,7 +96,7 @@ def evaluated_run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A copy of `trained_run` whose step 30 is evaluated on 40 images with 1 and 30 samples."""
     folder = Path(shutil.copytree(trained_run, tmp_path_factory.mktemp("evaluated") / "run"))
     options = "--samples 1 30 --limit 40 --device cpu".split()
-    assert run(evaluate.main, folder, *options).code == 0
+    assert run(evaluate.main, folder, *options, "--out", folder / "eval" / "30").code == 0
     return folder
 
 

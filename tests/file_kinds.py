@@ -21,7 +21,7 @@ from ladder_vae.evaluation.inpainting import read_mask
 from ladder_vae.runs.checkpoint import read_checkpoint, weights_only
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
-from ladder_vae.runs.published import export_weights, read_published
+from ladder_vae.runs.published import published_weights, read_published, write_weights
 from ladder_vae.runs.run import Run
 from tools.import_reference import read_weights
 
@@ -60,7 +60,7 @@ def save_arrays(save: Callable[..., None], **arrays: np.ndarray) -> bytes:
 def whole_files(folder: Path) -> dict[str, list[bytes]]:
     """The bytes of undamaged files, by kind of file."""
     run = make_run(folder / "run")
-    export_weights(run, None, folder / "weights.safetensors")
+    write_weights(folder / "weights.safetensors", *published_weights(run, None))
     state = io.BytesIO()
     torch.save({"conv.weight": torch.ones(2)}, state)
     return {

@@ -35,8 +35,8 @@ OWN = {path.stem for path in ROOT.glob("*.py")} | {
 }
 # The distribution that an import comes from, if its name differs.
 DISTRIBUTIONS = {"PIL": "pillow", "pyro": "pyro-ppl", "sklearn": "scikit-learn"}
-# Installed with pytest, which needs it.
-WITH_OTHERS = {"packaging"}
+# Installed with pytest, which needs it; and what a user may install.
+WITH_OTHERS = {"packaging", "huggingface_hub"}
 
 
 def imported_names(path: Path) -> Iterator[str]:
@@ -243,7 +243,10 @@ def test_every_option_of_a_run_is_on_the_command_line_with_its_default(wide: Non
 @pytest.mark.parametrize(
     ("main", "without"),
     [
-        (train_svi.main, {"--help", "--nocuda", "--dry-run", "--preset", "--resume"}),
+        (
+            train_svi.main,
+            {"--help", "--nocuda", "--dry-run", "--preset", "--resume", "--init-from"},
+        ),
         (evaluate.main, {"--help"}),
         (reproduce.main, {"--help", "--minutes", "--out", "--dry-run"}),
     ],

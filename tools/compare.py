@@ -3,12 +3,11 @@
     python -m tools.compare runs/mnist-3 runs/mnist-12
 
 Each argument is a run folder (its newest evaluation), the folder of an evaluation, or a
-metrics.json. Prints the table as Markdown, and writes comparison.md and comparison.csv.
+metrics.json. Prints the table as Markdown, and with --out writes comparison.md and comparison.csv.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from ladder_vae.reports.comparison import compare
 from ladder_vae.runs.command_line import OneLineParser
@@ -31,9 +30,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=path_argument,
-        default=Path(),
         metavar="FOLDER",
-        help="where to write comparison.md and comparison.csv (default: the current folder)",
+        help="also write comparison.md and comparison.csv into this folder",
     )
     return parser.parse_args(argv)
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import add_ladder_options, at_least, choose_images, load_ladder, output_folder
-from ladder import Ladder
+from evaluate import EvaluatedLadder, choose_images, load_ladder
+from ladder_vae.evaluation.folders import check_absent, evaluation_folder
 from ladder_vae.evaluation.inpainting import (
     MASKS,
     Completions,
@@ -25,9 +25,10 @@ from ladder_vae.evaluation.inpainting import (
     read_mask,
     write_completions,
 )
+from ladder_vae.evaluation.options import add_ladder_options
 from ladder_vae.reports.figures import draw_completions
 from ladder_vae.reports.html import update_evaluation_report
-from ladder_vae.runs.command_line import OneLineParser
+from ladder_vae.runs.command_line import OneLineParser, at_least
 from runtime.device import enough_memory, keep_freed_memory
 from runtime.errors import run_command
 from runtime.files import writing
@@ -69,7 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def complete(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     x: Tensor,
     missing: Tensor,
     *,
@@ -101,8 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = enough_memory("give a smaller number to --batch-size")
     with pyro.validation_enabled(False), memory:
         ladder = load_ladder(arguments)
-        folder = output_folder(arguments, ladder)
-        _, height, width = ladder.run.image_shape
+        folder = arguments.out or evaluation_folder(
+            ladder.source.path, ladder.step, arguments.split
+        )
+        if not arguments.overwrite:
+            check_absent(folder / "inpainting.npz", folder / "inpainting.png")
+        _, height, width = ladder.image_shape
         missing = read_mask(arguments.mask, (height, width)).to(ladder.device)
         images = ladder.images(arguments.split, arguments.data_dir)
         index = choose_images(images, arguments.limit, arguments.seed)
@@ -117,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             missing,
             chains=arguments.chains,
             sweeps=arguments.sweeps,
-            batch_size=arguments.batch_size or ladder.batch_size(),
+            batch_size=arguments.batch_size or ladder.batch_size,
             seed=arguments.seed,
         )
     draw_completions(folder / "inpainting.png", x, missing, completions)

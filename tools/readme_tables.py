@@ -103,9 +103,8 @@ def pretrained_table() -> str:
         metrics = evaluation(name)
         bounds = [bound(metrics, key) for key in ("elbo", *metrics.iw)]
         rows.append([f"[{name}](../pretrained/{name}.safetensors)", *bounds])
-        run = f"runs/{name}-pretrained"
-        commands.append(f"python -m tools.import_weights pretrained/{name}.safetensors --out {run}")
-        commands.append(f"python evaluate.py {run} --samples {' '.join(metrics.iw)}")
+        options = f"--samples {' '.join(metrics.iw)} --out runs/{name}-pretrained"
+        commands.append(f"python evaluate.py pretrained/{name}.safetensors {options}")
     samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in metrics.iw]
     table = markdown(["weights", "ELBO", *samples], rows)
     text = "To verify these bounds, up to the noise of the samples:"

@@ -36,14 +36,15 @@ import datasets
 import evaluate
 import train_svi
 from datasets import ImageSet
-from ladder import Ladder
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import ImportanceSampler
 from ladder_vae.evaluation.metrics import curve_samples
+from ladder_vae.evaluation.options import parse
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.command_line import (
     OneLineParser,
     add_run_options,
+    at_least,
     config_of,
     flag,
     given_options,
@@ -52,7 +53,7 @@ from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS, ROWS
 from ladder_vae.runs.provenance import machine
-from ladder_vae.runs.published import export_weights
+from ladder_vae.runs.published import published_weights, write_weights
 from ladder_vae.runs.run import Run, is_empty
 from ladder_vae.training.logger import elbo_tag
 from ladder_vae.training.rate import Rate, fitted_steps, measured_rate
@@ -222,7 +223,7 @@ def finish(arguments: argparse.Namespace, device: torch.device) -> int:
     """Evaluate the trained ladder and export its weights, unless this is done; returns 0."""
     folder: Path = arguments.out
     execution = Execution.choose("float32", "auto", device)
-    ladder = Ladder.load(folder / "run", device=device, execution=execution)
+    ladder = evaluate.EvaluatedLadder.load(folder / "run", device=device, execution=execution)
     if not is_complete(arguments, ladder.step):
         results = evaluate.evaluate(
             ladder,
@@ -230,9 +231,10 @@ def finish(arguments: argparse.Namespace, device: torch.device) -> int:
             folder,
             samples=arguments.samples,
             limit=arguments.limit,
+            overwrite=arguments.overwrite or is_of_another_step(folder, ladder.step),
         )
         evaluate.print_results(ladder, results, folder)
-        export_weights(ladder.run, None, folder / "weights.safetensors")
+        write_weights(folder / "weights.safetensors", *published_weights(ladder.run, None))
     print(f"complete  {folder / 'metrics.json'}")
     return 0
 
@@ -250,6 +252,12 @@ def is_complete(arguments: argparse.Namespace, step: int) -> bool:
     )
 
 
+def is_of_another_step(folder: Path, step: int) -> bool:
+    """Whether the evaluation in a folder, if any, is of the row before it was trained further."""
+    metrics = folder / "metrics.json"
+    return metrics.exists() and read_json(metrics)["step"] != step
+
+
 # --- Command line ---
 
 
@@ -259,6 +267,33 @@ def positive(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be finite and positive")
     return value
+
+
+def add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--samples",
+        type=at_least(1),
+        nargs="+",
+        default=[1, 100, 1000],
+        metavar="K",
+        help="numbers of importance samples, ascending (default: 1 100 1000)",
+    )
+    parser.add_argument(
+        "--split",
+        choices=datasets.SPLITS,
+        help="images to evaluate (default: test; valid for celeba-20)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        metavar="N",
+        help="evaluate N random images (default: all)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an evaluation with other settings (default: refuse to)",
+    )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -287,25 +322,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="length of the warm-up that measures the rate of training (default: 20)",
     )
-    parser.add_argument(
-        "--samples",
-        type=evaluate.at_least(1),
-        nargs="+",
-        default=[1, 100, 1000],
-        metavar="K",
-        help="numbers of importance samples, ascending (default: 1 100 1000)",
-    )
-    parser.add_argument(
-        "--split",
-        choices=datasets.SPLITS,
-        help="images to evaluate (default: test; valid for celeba-20)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=evaluate.at_least(1),
-        metavar="N",
-        help="evaluate N random images (default: all)",
-    )
+    add_evaluation_options(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
@@ -316,7 +333,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
     add_run_options(parser)
-    arguments = evaluate.parse(parser, argv)
+    arguments = parse(parser, argv)
     if arguments.split is None:  # as the original implementation evaluates CelebA
         arguments.split = "valid" if arguments.row == "celeba-20" else "test"
     check_arguments(arguments)

@@ -22,15 +22,8 @@ import pyro
 
 import datasets
 from datasets import ImageSet
-from evaluate import (
-    add_bound_options,
-    add_ladder_options,
-    choose_images,
-    load_ladder,
-    output_folder,
-    parse,
-)
-from ladder import Ladder
+from evaluate import EvaluatedLadder, choose_images, load_ladder
+from ladder_vae.evaluation.folders import check_absent, evaluation_folder
 from ladder_vae.evaluation.ood import (
     Roc,
     bound_columns,
@@ -39,6 +32,7 @@ from ladder_vae.evaluation.ood import (
     roc,
     write_scores,
 )
+from ladder_vae.evaluation.options import add_bound_options, add_ladder_options, parse
 from ladder_vae.evaluation.scoring import ProgressFile
 from ladder_vae.reports.charts import draw_roc
 from ladder_vae.reports.html import update_evaluation_report
@@ -119,7 +113,7 @@ class Scores:
 
 
 def score_set(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     given: Given,
     folder: Path,
     *,
@@ -187,7 +181,9 @@ def print_curves(title: str, curves: Mapping[str, Roc], paths: Sequence[Path]) -
     print(f"metrics   {', '.join(map(str, paths))}")
 
 
-def load_sets(ladder: Ladder, names: Sequence[str], split: str, data_dir: Path) -> list[Given]:
+def load_sets(
+    ladder: EvaluatedLadder, names: Sequence[str], split: str, data_dir: Path
+) -> list[Given]:
     """The images of each data set or folder; raises `UserError` if both are the same."""
     labels = [label_of(name) for name in names]
     if len(set(labels)) < len(labels):
@@ -202,16 +198,31 @@ def load_sets(ladder: Ladder, names: Sequence[str], split: str, data_dir: Path) 
     return sets
 
 
+def output_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files that hold the scores of the sets called `names`, and how well they separate."""
+    scores = [folder / f"scores-{name}.csv" for name in names]
+    if len(names) < 2:
+        return scores
+    pair = "-".join(names)
+    return [*scores, folder / f"auroc-{pair}.json", folder / f"roc-{pair}.png"]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     keep_freed_memory()
     memory = enough_memory("give a smaller number to --batch-size")
     with pyro.validation_enabled(False), joined_ranks(ADVICE) as ranks, memory:
         ladder = load_ladder(arguments, ranks.local_rank)
-        folder = output_folder(arguments, ladder)
+        folder = arguments.out or evaluation_folder(
+            ladder.source.path, ladder.step, arguments.split
+        )
         layers = choose_prior_layers(arguments.prior_layers, ladder.depth)
         names = [name for name in (arguments.images, arguments.against) if name is not None]
-        batch_size = arguments.batch_size or ranks.share(ladder.batch_size())
+        batch_size = arguments.batch_size or ranks.share(ladder.batch_size)
+        sets = load_sets(ladder, names, arguments.split, arguments.data_dir)
+        with ranks.together():
+            if ranks.is_first and not arguments.overwrite:
+                check_absent(*output_files(folder, [given.label for given in sets]))
         found = [
             score_set(
                 ladder,
@@ -224,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 limit=arguments.limit,
                 ranks=ranks,
             )
-            for given in load_sets(ladder, names, arguments.split, arguments.data_dir)
+            for given in sets
         ]
         if ranks.is_first:
             save(ladder, found, folder, arguments, batch_size)
@@ -232,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def save(
-    ladder: Ladder,
+    ladder: EvaluatedLadder,
     found: Sequence[Scores],
     folder: Path,
     arguments: argparse.Namespace,
@@ -244,8 +255,7 @@ def save(
         write_scores(path, scores.labels, scores.columns)
         print_scores(scores, path)
     if len(found) == 2:
-        pair = "-".join(scores.given.label for scores in found)
-        paths = [folder / f"auroc-{pair}.json", folder / f"roc-{pair}.png"]
+        paths = output_files(folder, [scores.given.label for scores in found])[2:]
         title, curves = separate(found[0], found[1], arguments.samples[-1], paths[1])
         results = {
             "inliers": found[0].given.source,

@@ -18,8 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from datasets import ImageSet
-from ladder_vae.evaluation.interfaces import Guide, Model
+from ladder_vae.evaluation.interfaces import Guide, Images, Model
 from ladder_vae.evaluation.kl import sampled_terms
 from ladder_vae.evaluation.pareto import pareto_k, tail_length
 from ladder_vae.networks.precision import Execution
@@ -133,7 +132,7 @@ class ImportanceSampler:
         self,
         model: Model,
         guide: Guide,
-        images: ImageSet,
+        images: Images,
         index: Tensor,
         samples: Sequence[int],
         *,
@@ -223,7 +222,7 @@ class ImportanceSampler:
 def importance_weighted_bounds(
     model: Model,
     guide: Guide,
-    images: ImageSet,
+    images: Images,
     index: Tensor,
     samples: Sequence[int],
     *,

@@ -1,8 +1,9 @@
-"""What evaluation needs of a model and a guide."""
+"""The interfaces of a model, a guide and images as evaluation uses them."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
@@ -30,3 +31,21 @@ class Guide(Protocol):
 
     @property
     def trace(self) -> Trace: ...
+
+
+class Images(Protocol):
+    """Images as in `datasets.ImageSet`."""
+
+    name: str
+    split: str
+    shape: tuple[int, int, int]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def index_device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor: ...

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from datasets import ImageSet
-from ladder_vae.evaluation.interfaces import Guide
+from ladder_vae.evaluation.interfaces import Guide, Images
 
 
 class Layer(NamedTuple):
@@ -44,7 +43,7 @@ def sampled_terms(guide: Guide) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def mean_kl(guide: Guide, images: ImageSet, index: Tensor, batch_size: int) -> list[Tensor]:
+def mean_kl(guide: Guide, images: Images, index: Tensor, batch_size: int) -> list[Tensor]:
     """The KL in closed form given z_{>i}, averaged over the images at `index`.
 
     Returns (Z, h, w) for each layer, bottom to top, in nats per image, on the CPU.

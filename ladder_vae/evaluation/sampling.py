@@ -1,12 +1,13 @@
 """Images from a ladder: samples from its prior, and images that show what each layer encodes.
 
-All are means of p(x | z): a draw of x would only add independent noise to each pixel.
+Unless stated otherwise, images are the means of p(x | z): a draw of x would only add independent
+noise to each pixel.
 Latents are drawn with the global random generator, which the caller seeds. Put model and guide in
 evaluation mode first.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -15,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ladder_vae.evaluation.interfaces import Guide, Model
+from ladder_vae.evaluation.kl import layers
 from runtime.errors import UserError
 
 
@@ -54,12 +56,12 @@ def check_temperature(temperature: float | Sequence[float], depth: int) -> None:
     values = temperature if isinstance(temperature, Sequence) else [temperature] * depth
     if len(values) != depth:
         raise UserError(
-            f"--temperature has {len(values)} values but the ladder has {depth} layers; give one "
+            f"temperature has {len(values)} values but the ladder has {depth} layers; give one "
             "value for all layers, or one for each from the bottom"
         )
     for value in values:
         if not 0 <= value < float("inf"):
-            raise UserError(f"--temperature is {value}; it must be finite and not negative")
+            raise UserError(f"temperature is {value}; it must be finite and not negative")
 
 
 @torch.no_grad()
@@ -72,6 +74,26 @@ def prior_samples(model: Model, n: int, temperature: float | Sequence[float] = 1
     check_temperature(temperature, len(model.layers))
     with Temperature(temperature):
         return _image_means(model, n, {})
+
+
+@torch.no_grad()
+def draws(
+    model: Model,
+    n: int,
+    latents: Mapping[str, Tensor],
+    temperature: float | Sequence[float],
+    *,
+    mean: bool,
+) -> Tensor:
+    """n draws of x from p(x | z), or its means, (n, C, H, W), for z from the prior.
+
+    `latents` holds layers that are not drawn but given, by site name, each (n, Z, h, w). All layers
+    above them must be given too. `temperature` is as for `prior_samples`.
+    """
+    with Temperature(temperature):
+        trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(n=n)
+    x = trace.nodes["x"]
+    return x["fn"].mean if mean else x["value"]
 
 
 @torch.no_grad()
@@ -108,6 +130,37 @@ def layer_samples(model: Model, layer: int, rows: int, columns: int) -> Tensor:
     return means.unflatten(0, (rows, columns))
 
 
+class Latents(NamedTuple):
+    """The latents of N images in one layer: a draw from q(z_i | z_{>i}, x), and its parameters."""
+
+    sample: Tensor  # (N, Z, h, w)
+    mean: Tensor
+    std: Tensor
+
+
+@torch.no_grad()
+def encodings(guide: Guide, x: Tensor) -> list[Latents]:
+    """The latents of images x (N, C, H, W) by layer, bottom to top.
+
+    Mean and standard deviation of a layer are those given the samples of the layers above.
+    """
+    guide(x)
+    found = ((layer.z, layer.posterior.base_dist) for layer in layers(guide))
+    return [Latents(z, normal.loc, normal.scale) for z, normal in found]
+
+
+@torch.no_grad()
+def interpolation(
+    model: Model, guide: Guide, ends: Tensor, steps: int, layers: Collection[int]
+) -> Tensor:
+    """An interpolation of some layers between two images (2, C, H, W): (steps, C, H, W).
+
+    `ends` are encoded as for `interpolations`. The latents of `layers` (1 at the bottom) are
+    interpolated linearly, and those of the other layers are at the mode of their prior.
+    """
+    return _between(model, _mean_latents(guide, ends), steps, layers)
+
+
 @torch.no_grad()
 def interpolations(model: Model, guide: Guide, ends: Tensor, steps: int) -> Tensor:
     """Interpolations between two images at each level of the ladder: (L, steps, C, H, W).
@@ -119,20 +172,31 @@ def interpolations(model: Model, guide: Guide, ends: Tensor, steps: int) -> Tens
     the reconstructions of `ends`. Images are means of p(x | z).
     """
     depth = len(model.layers)
+    encoded = _mean_latents(guide, ends)
+    levels = [range(i, depth + 1) for i in range(depth, 0, -1)]
+    return torch.stack([_between(model, encoded, steps, level) for level in levels])
+
+
+def _mean_latents(guide: Guide, x: Tensor) -> dict[str, Tensor]:
+    """Each z_i as the mean of q(z_i | z_{>i}, x) given the means above it, by site name."""
     with Temperature(0.0):
-        encoded = guide(ends)
-    way = torch.linspace(0, 1, steps, device=ends.device).view(-1, 1, 1, 1)
-    latents: dict[str, Tensor] = {}
-    levels = []
-    for i in range(depth, 0, -1):
+        return guide(x)
+
+
+def _between(
+    model: Model, encoded: Mapping[str, Tensor], steps: int, layers: Collection[int]
+) -> Tensor:
+    """An `interpolation` between two encoded images."""
+    latents = {}
+    for i in layers:
         first, second = encoded[f"z_{i}"]  # each (Z, h, w)
+        way = torch.linspace(0, 1, steps, device=first.device).view(-1, 1, 1, 1)
         latents[f"z_{i}"] = torch.lerp(first, second, way)
-        with Temperature(0.0):
-            levels.append(_image_means(model, steps, latents))
-    return torch.stack(levels)
+    with Temperature(0.0):
+        return _image_means(model, steps, latents)
 
 
-def _image_means(model: Model, n: int, latents: dict[str, Tensor]) -> Tensor:
+def _image_means(model: Model, n: int, latents: Mapping[str, Tensor]) -> Tensor:
     """The means of p(x | z) for n images, (n, C, H, W), given some of the latents."""
     trace = poutine.trace(poutine.condition(model, data=latents)).get_trace(n=n)
     return trace.nodes["x"]["fn"].mean

@@ -6,16 +6,15 @@ on the log-likelihood in nats: lower is better.
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
+from ladder_vae.evaluation.folders import evaluation_folders
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.tables import Column, markdown, number
 from runtime.errors import UserError
-from runtime.files import exists, names_in, write_text
+from runtime.files import exists, write_text
 
 # The columns in their order; `bounds` stands for the ELBO and every number of samples.
 COLUMNS = (
@@ -43,23 +42,6 @@ class Scored(NamedTuple):
         """
         name = str(path) if path.name else path.resolve().name
         return cls(name, Metrics.read(_metrics_file(path)))
-
-
-def evaluation_folder(run: Path, step: int, split: str) -> Path:
-    """The folder of a run's evaluation: its step, and its split if that is not test."""
-    return run / "eval" / (str(step) if split == "test" else f"{step}-{split}")
-
-
-def evaluation_folders(run: Path) -> list[Path]:
-    """The folders of a run's evaluations, by ascending step; for each step, test comes last."""
-    others = "|".join(re.escape(split) for split in datasets.SPLITS if split != "test")
-    found = []
-    for folder in names_in(run / "eval"):
-        name = re.fullmatch(rf"(0|[1-9][0-9]{{0,17}})(-(?:{others}))?", folder)
-        if name and exists(run / "eval" / folder / "metrics.json"):
-            step, split = name.groups()
-            found.append((int(step), split is None, split or "", run / "eval" / folder))
-    return [folder for *_, folder in sorted(found)]
 
 
 def _metrics_file(path: Path) -> Path:
@@ -249,12 +231,12 @@ def _record(run: Scored, keys: Sequence[str]) -> dict[str, Any]:
     return record
 
 
-def compare(paths: Sequence[Path], folder: Path) -> str:
+def compare(paths: Sequence[Path], folder: Path | None = None) -> str:
     """One table of the runs at `paths`, in that order, as Markdown.
 
     A path is a run folder (its newest evaluation), the folder of an evaluation, or a metrics.json.
-    Writes `comparison.md` and `comparison.csv` into `folder`. Raises `UserError` if a path has no
-    evaluation, or a file cannot be written.
+    Writes `comparison.md` and `comparison.csv` into `folder`, if there is one. Raises `UserError`
+    if a path has no evaluation, or a file cannot be written.
     """
     runs = [Scored.read(path) for path in paths]
     text = f"{_INTRODUCTION}\n\n{markdown(columns(runs))}\n"
@@ -264,7 +246,8 @@ def compare(paths: Sequence[Path], folder: Path) -> str:
             "\nRows with different images or kinds of likelihood cannot be compared: "
             f"{'; '.join(group or 'rows of unknown likelihood' for group in groups)}.\n"
         )
-    rows = comma_separated(runs)
-    write_text(folder / "comparison.md", text)
-    write_text(folder / "comparison.csv", rows)
+    if folder is not None:
+        rows = comma_separated(runs)
+        write_text(folder / "comparison.md", text)
+        write_text(folder / "comparison.csv", rows)
     return text

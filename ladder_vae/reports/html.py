@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ladder_vae.evaluation.folders import evaluation_folders
 from ladder_vae.evaluation.metrics import Metrics
-from ladder_vae.reports.comparison import Scored, columns, evaluation_folders
+from ladder_vae.reports.comparison import Scored, columns
 from ladder_vae.reports.curves import learning_curves
 from ladder_vae.reports.figures import ladder_pictures
 from ladder_vae.reports.tables import Column, bounds_table, density_note, layer_name, number

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ladder_vae.reports.tables import layer_name
-from runtime.files import write_atomically
+from runtime.files import write_atomically, writing
 
 # Small images are enlarged by a whole number to about this height, in pixels.
 _LEGIBLE = 56
@@ -73,6 +73,16 @@ def _fill(images: Tensor, columns: int) -> Tensor:
 def write_png(path: Path, picture: Tensor) -> None:
     """Write a picture (3, H, W) in [0, 1]."""
     _write_image(path, _to_image(picture))
+
+
+def write_images(folder: Path, images: Tensor) -> None:
+    """Write images (N, C, H, W) in [0, 1], grey or RGB, as files 000000.png, 000001.png, ..."""
+    levels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(levels):
+            grey = image.shape[-1] == 1
+            Image.fromarray(image[..., 0] if grey else image).save(folder / f"{number:06}.png")
 
 
 def _to_image(picture: Tensor) -> Image.Image:

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -63,6 +63,18 @@ def as_user_errors() -> Iterator[None]:
         raise UserError(message) from error
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The argparse type of a whole number of at least `least`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {least}")
+        return value
+
+    return integer
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add `--preset` and all options of `RunConfig`; the namespace holds only those given."""
     parser.add_argument(
@@ -117,13 +129,18 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
-def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the given options.
+def requested_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the preset, overridden by the given ones, by name.
 
     A given length replaces all lengths of the preset.
     """
     preset = PRESETS[arguments.preset] if arguments.preset else {}
-    return config_of(preset | with_lengths(given_options(arguments)))
+    return preset | with_lengths(given_options(arguments))
+
+
+def config_from(arguments: argparse.Namespace) -> RunConfig:
+    """The defaults, overridden by the requested options."""
+    return config_of(requested_options(arguments))
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:

@@ -12,7 +12,6 @@ A file appears under its final name only when it is complete.
 import itertools
 import math
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,9 @@ from typing import Any, Self
 
 import torch
 
-from ladder_vae.runs.checkpoint import FORMAT, Damaged, read_checkpoint, write_checkpoint
+from ladder_vae.runs.checkpoint import FORMAT, Damaged, write_checkpoint
+from ladder_vae.runs.checkpoint_folder import CheckpointFolder
+from ladder_vae.runs.description import Description, describing
 from ladder_vae.runs.options import RunConfig
 from runtime.errors import UserError
 from runtime.files import exists, names_in, path_argument, read_json, write_json, writing
@@ -30,10 +31,9 @@ _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(CheckpointFolder):
     """A run folder and the configuration in it."""
 
-    path: Path
     config: RunConfig
     image_shape: tuple[int, int, int]
     provenance: dict[str, Any]  # code and machine at the start of the run
@@ -95,21 +95,10 @@ class Run:
     @classmethod
     def from_description(cls, path: Path, content: Any, file: Path) -> Self:
         """The run whose `description` was read from `file`; raises `UserError` if it is invalid."""
-        try:
-            if content["format"] != FORMAT:
-                raise UserError(
-                    f"{file} was written by another version of this project (format "
-                    f"{content['format']}; this version reads format {FORMAT})"
-                )
-            channels, height, width = content["image_shape"]
-            if not all(type(size) is int and size > 0 for size in (channels, height, width)):
-                raise ValueError(f"`image_shape` is {content['image_shape']}")
+        described = Description.of(content, file)
+        with describing(file):
             config = RunConfig.from_dict(content["config"])
-            return cls(path, config, (channels, height, width), dict(content["provenance"]))
-        except KeyError as error:
-            raise UserError(f"{file} does not describe a run: it has no {error}") from None
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file} does not describe a run: {error}") from None
+            return cls(path, config, described.image_shape, dict(content["provenance"]))
 
     def write_config(self) -> None:
         """Write config.json."""
@@ -123,14 +112,6 @@ class Run:
             "config": self.config.to_dict(),
             "provenance": self.provenance,
         }
-
-    def checkpoint_path(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"{step}.pt"
-
-    def checkpoint_steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
-        names = names_in(self.path / "checkpoints")
-        return sorted(int(name[:-3]) for name in names if re.fullmatch(r"[0-9]+\.pt", name))
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint, and remove all but the newest ones and the best."""
@@ -146,44 +127,6 @@ class Run:
                 with suppress(OSError):  # an extra checkpoint does no harm
                     self.checkpoint_path(old).unlink()
 
-    @property
-    def _best_path(self) -> Path:
-        return self.path / "checkpoints" / "best.json"
-
-    def best(self) -> tuple[int, float] | None:
-        """Step and held-out negative ELBO (nats) of the best checkpoint; None if there is none."""
-        if not exists(self._best_path):
-            return None
-        content = read_json(self._best_path)
-        try:
-            step, value = int(content["step"]), float(content["negative_elbo"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{self._best_path} is damaged; delete it, and training will write it again"
-            ) from None
-        return (step, value) if exists(self.checkpoint_path(step)) else None
-
-    def best_step(self) -> int | None:
-        """The step of the best checkpoint; None if there is none."""
-        best = self.best()
-        return None if best is None else best[0]
-
-    def step_called(self, name: str) -> int | None:
-        """The step that a value of `--checkpoint` selects; None for "last".
-
-        `name` is a step, "best" or "last". Raises `UserError` for anything else.
-        """
-        if name == "last":
-            return None
-        if name == "best":
-            best = self.best_step()
-            if best is None:
-                raise UserError(f"{self.path} has no best checkpoint; use --checkpoint STEP")
-            return best
-        if not re.fullmatch("[0-9]{1,18}", name):
-            raise UserError(f"--checkpoint is {name!r}; it must be a step, best or last")
-        return int(name)
-
     def is_better(self, step: int, negative_elbo: float) -> bool:
         """Whether `negative_elbo`, of the held-out images after `step`, is the lowest so far."""
         best = self.best()
@@ -194,20 +137,6 @@ class Run:
         """Record in best.json that the checkpoint of `step` is the best one."""
         write_json(self._best_path, {"step": step, "negative_elbo": negative_elbo})
         self._prune(step)
-
-    def load_checkpoint(self, step: int | None, device: torch.device) -> dict[str, Any]:
-        """The state after `step`, or the newest state if None.
-
-        Raises `UserError` if there is no such checkpoint, and `Damaged` if it is damaged.
-        """
-        steps = self.checkpoint_steps()
-        if not steps:
-            raise UserError(f"{self.path} has no checkpoint yet; train the run first")
-        if step is not None and step not in steps:
-            raise UserError(
-                f"{self.path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
-            )
-        return read_checkpoint(self.checkpoint_path(steps[-1] if step is None else step), device)
 
     def newest_whole(self, device: torch.device) -> tuple[dict[str, Any] | None, list[Damaged]]:
         """The state of the newest undamaged checkpoint, and the errors of the newer ones.

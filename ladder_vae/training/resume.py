@@ -12,6 +12,7 @@ from ladder_vae.runs.checkpoint import Damaged
 from ladder_vae.runs.command_line import as_user_errors, flag
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.published import is_published
 from ladder_vae.runs.run import Run
 from ladder_vae.training.logger import bound_tag, elbo_tag
 from ladder_vae.training.schedule import is_due
@@ -57,10 +58,21 @@ class StoredRun:
 
         Raises `UserError` if an option cannot be changed, or if the folder is damaged.
         """
+        if is_published(path):
+            raise UserError(
+                f"{path} holds published weights, from which training cannot resume: start a new "
+                f"run with --init-from {path}"
+            )
         run = Run.open(path)
         run = replace(run, config=changed_config(run.config, changes))
         run.best()  # if best.json is damaged, fail now and not at the first evaluation
-        return cls(run, *run.newest_whole(device))
+        stored = cls(run, *run.newest_whole(device))
+        if stored.state is None and "initial_weights" in run.provenance:
+            raise UserError(
+                f"{path} was interrupted before its initial weights were saved: delete it, and "
+                "start it again with --init-from"
+            )
+        return stored
 
     def report(self) -> None:
         """Print what the user should know before training continues."""

@@ -121,6 +121,12 @@ class Trainer:
             with data_dependent_init(self.loss_fn):
                 self.loss_fn.guide(self.batches(0))
 
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Set the initial weights, also of the average; raises `UserError` if they do not fit."""
+        load_weights(self.loss_fn, weights)
+        if self.average is not None:
+            load_weights(self.average.module, weights)
+
     def prepare(self) -> None:
         """Compile the networks and connect the processes; call it once the weights are set."""
         self.execution.compile_blocks(self.loss_fn)

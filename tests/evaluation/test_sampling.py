@@ -121,9 +121,9 @@ def test_temperature_around_the_guide_scales_the_posterior(make_pair: MakePair, 
 @pytest.mark.parametrize(
     ("temperature", "message"),
     [
-        ([1.0, 0.5], "--temperature has 2 values but the ladder has 3 layers"),
-        (-1.0, "--temperature is -1.0; it must be finite and not negative"),
-        ([1.0, float("nan"), 1.0], "--temperature is nan; it must be finite"),
+        ([1.0, 0.5], "temperature has 2 values but the ladder has 3 layers"),
+        (-1.0, "temperature is -1.0; it must be finite and not negative"),
+        ([1.0, float("nan"), 1.0], "temperature is nan; it must be finite"),
     ],
 )
 def test_temperatures_that_make_no_sense(

@@ -451,6 +451,6 @@ def test_another_evaluation_does_not_resume_this_one(
     assert groups.numbers == [0, 1, 2, 3]
     assert len(list((tmp_path / ".progress").iterdir())) == 1
     groups.numbers = []
-    evaluate.main(arguments)
+    evaluate.main([*arguments, "--overwrite"])
     assert groups.numbers == [2, 3]
     assert not (tmp_path / ".progress").exists()

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
+from ladder_vae.evaluation.folders import evaluation_folder, evaluation_folders
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.comparison import (
     Scored,
     columns,
     compare,
-    evaluation_folder,
-    evaluation_folders,
 )
 from ladder_vae.reports.tables import markdown
 from runtime.errors import UserError

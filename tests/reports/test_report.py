@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ladder_vae.evaluation.folders import evaluation_folder
 from ladder_vae.reports import comparison
 from ladder_vae.reports.curves import Curve, learning_curves
 from ladder_vae.reports.html import write_evaluation_report, write_training_report
@@ -325,7 +326,7 @@ def test_a_run_in_progress(run: Run) -> None:
 def test_evaluations_of_a_run(run: Run) -> None:
     """By step, and other splits before the test set."""
     for step, split, elbo in ((900, "test", 82.0), (1000, "valid", 80.0), (1000, "test", 81.5)):
-        folder = comparison.evaluation_folder(run.path, step, split)
+        folder = evaluation_folder(run.path, step, split)
         folder.mkdir(parents=True)
         content = results(step=step, split=split, elbo=elbo, limit=None)
         (folder / "metrics.json").write_text(json.dumps(content))

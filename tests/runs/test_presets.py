@@ -91,7 +91,7 @@ def test_evaluation(preset: str, tmp_path: Path) -> None:
     train(preset, folder)
     assert evaluate.main([str(folder), "--samples", "1", "2", "--device", "cpu"]) == 0
     dataset = PRESETS[preset]["dataset"]
-    results: dict[str, Any] = json.loads((folder / "eval/1/metrics.json").read_text())
+    results: dict[str, Any] = json.loads((folder / "eval/1-samples-1-2/metrics.json").read_text())
     assert results["dataset"] == dataset
     assert len(results["kl_per_layer"]) == len(PRESETS[preset]["z_dims"])
     assert results["elbo"] == pytest.approx(

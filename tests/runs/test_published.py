@@ -11,8 +11,16 @@ from torch.testing import assert_close
 
 from ladder_vae.runs.checkpoint import weights_only
 from ladder_vae.runs.options import RunConfig
-from ladder_vae.runs.published import export_weights, read_published
+from ladder_vae.runs.published import (
+    checksum,
+    is_published,
+    published_weights,
+    read_published,
+    write_folder,
+    write_weights,
+)
 from ladder_vae.runs.run import Run
+from ladder_vae.runs.trained import load_trained
 from runtime.errors import UserError
 
 
@@ -33,21 +41,19 @@ def test_the_average_is_published_with_its_description(
     step: int | None, expected: int, trained: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "weights.safetensors"
-    assert export_weights(trained, step, file) == expected
+    write_weights(file, *published_weights(trained, step))
     description, weights = read_published(file)
     state = trained.load_checkpoint(expected, torch.device("cpu"))
     assert_close(weights, dict(state["average"]["weights"]), rtol=0, atol=0)
-    assert description["step"] == expected
+    assert (description["step"], description["weights"]) == (expected, "average")
     copy = Run.from_description(tmp_path / "copy", description, file)
     assert (copy.config, copy.image_shape) == (trained.config, trained.image_shape)
     assert copy.provenance == trained.provenance
 
 
-def test_a_missing_checkpoint_is_not_published(trained: Run, tmp_path: Path) -> None:
-    file = tmp_path / "weights.safetensors"
+def test_a_missing_checkpoint_is_not_published(trained: Run) -> None:
     with pytest.raises(UserError, match="no checkpoint of step 3; it has 1, 2"):
-        export_weights(trained, 3, file)
-    assert not file.exists()
+        published_weights(trained, 3)
 
 
 def without_metadata(content: bytes) -> bytes:
@@ -72,7 +78,7 @@ def test_other_files_are_refused(
     change: Callable[[bytes], bytes], complaint: str, trained: Run, tmp_path: Path
 ) -> None:
     file = tmp_path / "weights.safetensors"
-    export_weights(trained, None, file)
+    write_weights(file, *published_weights(trained, None))
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(UserError) as refusal:
         read_published(file)
@@ -83,3 +89,43 @@ def test_other_files_are_refused(
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file"):
         read_published(tmp_path / "nothing")
+
+
+# --- Folders ---
+
+
+@pytest.fixture
+def folder(trained: Run, tmp_path: Path) -> Path:
+    write_folder(tmp_path / "published", *published_weights(trained, None))
+    return tmp_path / "published"
+
+
+def test_a_folder_holds_the_same_as_its_file(folder: Path) -> None:
+    description, weights = read_published(folder)
+    again, same = read_published(folder / "model.safetensors")
+    assert description == again
+    assert description["sha256"] == checksum(weights) == checksum(same)
+
+
+def test_what_counts_as_published(folder: Path, trained: Run, tmp_path: Path) -> None:
+    assert is_published(folder)
+    assert is_published(folder / "model.safetensors")
+    assert is_published(tmp_path / "absent.safetensors")
+    assert not is_published(trained.path)
+    assert not is_published(tmp_path / "absent")
+
+
+def test_a_folder_with_a_missing_file_is_refused(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "other.json")
+    with pytest.raises(UserError, match=r"published has no config\.json"):
+        read_published(folder)
+    (folder / "other.json").rename(folder / "config.json")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"published is a published ladder without .*safetensors"):
+        load_trained(folder)
+
+
+def test_a_folder_with_the_weights_of_another_ladder_is_refused(folder: Path, trained: Run) -> None:
+    write_weights(folder / "model.safetensors", *published_weights(trained, 1))
+    with pytest.raises(UserError, match=r"not the file that config.json beside it describes"):
+        read_published(folder)

@@ -70,10 +70,12 @@ def test_the_temperature_only_changes_the_samples(evaluated_copy: Path) -> None:
     """At temperature 0, all samples are equal."""
     before = content(evaluated_copy / "eval" / "30")
     evaluated(evaluated_copy, *SAME, "--temperature", 0)
-    after = content(evaluated_copy / "eval" / "30")
+    folder = evaluated_copy / "eval" / "30-limit-40-samples-1-30-temperature-0.0"
+    after = content(folder)
+    assert content(evaluated_copy / "eval" / "30") == before
     changed = {name for name in before if before[name] != after[name]}
     assert changed - {"metrics.json"} == {"samples.png", "report.html"}
-    with Image.open(evaluated_copy / "eval" / "30" / "samples.png") as image:
+    with Image.open(folder / "samples.png") as image:
         pixels = np.asarray(image.convert("L"))
     grid = pixels[-16 - 466 : -16, 16 : 16 + 466]  # 8 x 8 images of 56, with 2 between and around
     tiles = {
@@ -95,18 +97,44 @@ def test_each_split_has_its_own_folder(evaluated_copy: Path) -> None:
     assert content(evaluated_copy / "eval" / "30") == before
     found, other = (
         json.loads((evaluated_copy / "eval" / name / "metrics.json").read_text())
-        for name in ("30-valid", "30")
+        for name in ("30-valid-limit-40-samples-1-30", "30")
     )
     assert (found["split"], found["n_images"]) == ("valid", 40)
     assert found["elbo"] != other["elbo"]  # from the same noise
-    report = (evaluated_copy / "eval" / "30-valid" / "report.html").read_text()
+    folder = evaluated_copy / "eval" / "30-valid-limit-40-samples-1-30"
+    report = (folder / "report.html").read_text()
     assert "40 valid images of digits" in report
+
+
+def test_another_evaluation_in_the_folder_is_kept(evaluated_copy: Path) -> None:
+    """An identical one may be repeated; --overwrite replaces any."""
+    folder = evaluated_copy / "eval" / "30"
+    before = content(folder)
+    for options, named in {
+        "--limit 10 --samples 1 30": "another limit (40 instead of 10)",
+        "--limit 40 --samples 1": "another samples ([1, 30] instead of [1])",
+        "--limit 40 --samples 1 30 --seed 1": "another seed (0 instead of 1)",
+        "--limit 40 --samples 1 30 --split valid": "another split (test instead of valid)",
+        "--limit 40 --samples 1 30 --temperature 0.5": "another temperature (1.0 instead of 0.5)",
+        "--limit 40 --samples 1 30 --no-average": "another weights (average instead of last)",
+        "--limit 40 --samples 1 30 --batch-size 30": "another batch size",
+        "--limit 40 --samples 1 30 --checkpoint 20": "another step (30 instead of 20)",
+    }.items():
+        arguments = [evaluated_copy, "--device", "cpu", *options.split(), "--out", folder]
+        line = refusal(evaluate.main, *arguments)
+        assert named in line
+        assert "--overwrite" in line
+        assert content(folder) == before
+    evaluated(evaluated_copy, *SAME, "--out", folder)
+    assert content(folder)["per_image.npz"] == before["per_image.npz"]
+    evaluated(evaluated_copy, *words("--limit 2 --samples 1 --overwrite --out"), folder)
+    assert json.loads((folder / "metrics.json").read_text())["n_images"] == 2
 
 
 def test_no_earlier_picture_remains(evaluated_copy: Path) -> None:
     """With too few samples for a k-hat, an earlier chart of it is removed."""
-    evaluated(evaluated_copy, *words("--samples 1 4 --limit 40"))
     folder = evaluated_copy / "eval" / "30"
+    evaluated(evaluated_copy, *words("--samples 1 4 --limit 40 --overwrite --out"), folder)
     assert {path.stem for path in folder.glob("*.png")} == set(PICTURES) - {"pareto_k"}
     assert "k-hat" not in (folder / "report.html").read_text()
 
@@ -115,7 +143,7 @@ def test_all_noise_depends_on_the_seed(evaluated_copy: Path) -> None:
     """Another seed gives other metrics and pictures of the same model."""
     before = content(evaluated_copy / "eval" / "30")
     evaluated(evaluated_copy, *SAME, "--seed", 1)
-    after = content(evaluated_copy / "eval" / "30")
+    after = content(evaluated_copy / "eval" / "30-limit-40-seed-1-samples-1-30")
     assert {name for name in before if before[name] == after[name]} == set()
 
 
@@ -127,8 +155,8 @@ def test_the_moving_average_is_used_by_default(evaluated_copy: Path) -> None:
     found = []
     for last, average in ((moved, None), (state["weights"], {"weights": moved})):
         write_checkpoint(path, state | {"weights": last, "average": average})
-        evaluated(evaluated_copy, *words("--samples 1 --limit 9"))
-        found.append(json.loads((evaluated_copy / "eval" / "30" / "metrics.json").read_text()))
+        evaluated(evaluated_copy, *words("--samples 1 --limit 9 --out there --overwrite"))
+        found.append(json.loads(Path("there/metrics.json").read_text()))
     assert [metrics["weights"] for metrics in found] == ["last", "average"]
     assert found[0]["elbo"] == found[1]["elbo"]
 
@@ -184,9 +212,9 @@ def test_the_table_is_printed(evaluated_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ("--temperature -1", ["--temperature is -1"]),
-        ("--temperature 1 1 1", ["--temperature has 3 values", "2 layers"]),
-        ("--temperature nan", ["--temperature is nan"]),
+        ("--temperature -1", ["temperature is -1"]),
+        ("--temperature 1 1 1", ["temperature has 3 values", "2 layers"]),
+        ("--temperature nan", ["temperature is nan"]),
         ("--samples 3 3", ["--samples is 3 3", "ascend"]),
         ("--samples 0 3", ["--samples", "0", "at least 1"]),
         ("--limit 0", ["--limit", "0", "at least 1"]),
@@ -222,4 +250,5 @@ def test_a_full_disk_damages_nothing(evaluated_copy: Path, monkeypatch: pytest.M
     assert "No space left on device" in line
     after = content(evaluated_copy)
     # The finished groups are kept for the next attempt.
-    assert {name: after[name] for name in after if ".progress" not in name} == before
+    kept = {name: after[name] for name in after if not name.startswith("eval/30-")}
+    assert kept == before

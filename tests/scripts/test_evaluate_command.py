@@ -25,7 +25,14 @@ def evaluated(folder: Path, *options: object) -> tuple[Result, dict[str, Any]]:
     result = run(evaluate.main, folder, "--device", "cpu", *options)
     assert result.code == 0, result.err
     assert result.err == ""
-    return result, json.loads((folder / "eval" / "30" / "metrics.json").read_text())
+    return result, json.loads((evaluated_folder(result) / "metrics.json").read_text())
+
+
+def evaluated_folder(result: Result) -> Path:
+    """Where the evaluation says that its report is."""
+    printed = re.search(r"(?m)^report +(.*)/report.html$", result.out)
+    assert printed is not None
+    return Path(printed[1])
 
 
 def test_an_evaluation_by_the_command_line(trained_copy: Path) -> None:
@@ -33,7 +40,7 @@ def test_an_evaluation_by_the_command_line(trained_copy: Path) -> None:
     result = script("evaluate.py", trained_copy, "--samples", 1, 3, "--device", "cpu")
     assert result.code == 0, result.err
     assert result.err == ""
-    folder = trained_copy / "eval" / "30"
+    folder = trained_copy / "eval" / "30-samples-1-3"
     assert "digits, 297 test images, step 30, moving average of the weights" in result.out
     for name in ("metrics.json", "per_image.npz", "report.html"):
         assert str(folder / name) in result.out
@@ -85,7 +92,9 @@ def test_options_choose_checkpoint_weights_split_and_images(trained_copy: Path) 
     assert result.code == 0, result.err
     assert "digits, 20 valid images, step 20, last weights" in result.out
     assert "note      the run was trained on valid images" in result.out
-    found = json.loads((trained_copy / "eval" / "20-valid" / "metrics.json").read_text())
+    found = json.loads(
+        (trained_copy / "eval" / "20-valid-limit-20-seed-3-samples-2" / "metrics.json").read_text()
+    )
     expected = {"step": 20, "weights": "last", "split": "valid", "n_images": 20}
     expected |= {"seed": 3, "batch_size": 7}
     assert {name: found[name] for name in expected} == expected

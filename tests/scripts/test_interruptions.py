@@ -99,9 +99,7 @@ def test_an_evaluation_stops_between_groups_and_continues(
 def test_a_signal_to_one_process_of_an_evaluation_stops_all(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ladder import Ladder
-
-    ladder = Ladder.load(trained_run, device="cpu")
+    ladder = evaluate.EvaluatedLadder.load(trained_run, device="cpu")
     images = ladder.images("test", "data")
     group = ImportanceSampler.group
 

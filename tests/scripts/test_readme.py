@@ -171,7 +171,7 @@ def test_readme_is_short() -> None:
 
 def test_the_program_of_the_readme_runs() -> None:
     """As a reader runs it, in a process of its own."""
-    program = "".join(blocks(PAGES["README.md"], "python"))
+    program = "".join(blocks(PAGES["README.md"], "python")[:-1])
     program += "\nassert kl.shape == (16, 3)\nassert samples.shape == (4, 1, 28, 28)"
     program += "\nassert all(p.grad is not None for p in loss_fn.parameters() if p.requires_grad)"
     command = [sys.executable, "-c", program]
@@ -202,9 +202,38 @@ def test_pyros_standard_loop_is_the_same_on_both_pages() -> None:
     assert loop in blocks(PAGES["docs/pyro.md"], "python")
 
 
+@pytest.fixture
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained ladder of the demo's preset, as runs/digits and runs/demo, in a new folder."""
+    monkeypatch.chdir(tmp_path)
+    options = "--preset digits --steps 1 --data-dir . --device cpu --out runs/digits".split()
+    assert run(train_svi.main, *options).code == 0
+    shutil.copytree("runs/digits", "runs/demo")
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_snippets_of_trained_ladders_run() -> None:
+    """Of README.md and, one after another, of docs/python.md, with the shapes that they state."""
+    found: dict[str, Any] = {}
+    exec(compile(blocks(PAGES["README.md"], "python")[-1], "README.md", "exec"), found)
+    assert found["images"].shape == (64, 1, 8, 8)
+    found = {}
+    for block in blocks(PAGES["docs/python.md"], "python"):
+        here = block.replace('FOLDER = "."', f"FOLDER = {str(ROOT)!r}")
+        exec(compile(here, "docs/python.md", "exec"), found)
+    for name, count in {"images": 64, "draws": 16, "means": 16, "calm": 16, "related": 8}.items():
+        assert found[name].shape == (count, 1, 8, 8)
+    assert found["top"].mean.shape == found["top"].std.shape == (2, 16, 1, 1)
+    assert found["reconstructions"].shape == (2, 1, 8, 8)
+    assert found["between"].shape == found["top_only"].shape == (9, 1, 8, 8)
+    assert (found["bounds"].importance_weighted[100] >= found["bounds"].elbo).all()
+    assert found["bounds"].kl.shape == (2, 3)
+    assert type(found["ladder"]).__name__ == "Ladder"
+
+
 def test_python_is_on_tested_pages_only() -> None:
     pages = [page for page, text in ALL.items() if blocks(text, "python")]
-    assert pages == ["README.md", "docs/pyro.md"]
+    assert pages == ["README.md", "docs/pyro.md", "docs/python.md"]
 
 
 # --- Commands ---
@@ -261,20 +290,22 @@ def test_the_pages_lead_from_a_run_to_its_weights_and_pictures(
     export = "python -m tools.export_weights runs/mnist-12 --checkpoint best"
     evaluation = "runs/mnist-12/eval/30"
     outputs = {
-        "python evaluate.py runs/mnist-12 --samples 1 100 1000": f"{evaluation}/samples.png",
-        "python evaluate.py runs/mnist-3 --samples 1 100 1000": "runs/mnist-3/eval/30/report.html",
+        "python evaluate.py runs/mnist-12 --samples 1 100 1000": (
+            f"{evaluation}-limit-10-samples-1-5/samples.png"
+        ),
+        "python evaluate.py runs/mnist-3": "runs/mnist-3/eval/30/report.html",
         "python -m tools.report runs/mnist-12": "runs/mnist-12/report.html",
         "python -m tools.inpaint runs/mnist-12 --mask bottom": f"{evaluation}/inpainting.png",
-        f"{export} --out mnist-12.safetensors": "mnist-12.safetensors",
-        "python -m tools.import_weights mnist-12.safetensors --out runs/mnist-12-published": (
-            "runs/mnist-12-published/config.json"
+        f"{export} --out mnist-12": "mnist-12/model.safetensors",
+        "python sample.py runs/mnist-12 -n 1000 --temperature 0.7 --out samples.npz": "samples.npz",
+        "python -m tools.compare runs/mnist-3 runs/mnist-12 --out comparison": (
+            "comparison/comparison.csv"
         ),
-        "python -m tools.compare runs/mnist-3 runs/mnist-12": "comparison.csv",
     }
     for command, output in outputs.items():
         assert command in commands("python")
         module, given = script_of(shlex.split(command)[1:])
-        if module.__name__ == "evaluate":
+        if module.__name__ == "evaluate" and "--samples" in given:
             given = [*given[:-3], "1", "5", "--limit", "10"]  # as it stands it takes minutes
         result = run(module.main, *given)
         assert result.code == 0, result.err
@@ -312,7 +343,10 @@ def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> 
     pattern = "--[a-z][a-z-]+"
     known = set(re.findall(pattern, " ".join(commands("python", "torchrun"))))
     known |= {"--max-restarts", "--shutdown-timeout"}  # of torchrun
-    for module in ("train_svi", "evaluate", "tools.reproduce", "tools.score_images"):
+    for module in (
+        *("train_svi", "evaluate", "sample"),
+        *("tools.reproduce", "tools.score_images", "tools.export_weights"),
+    ):
         with pytest.raises(SystemExit):
             importlib.import_module(module).parse_arguments(["--help"])
         known |= set(re.findall(pattern, capsys.readouterr().out))

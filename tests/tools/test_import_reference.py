@@ -12,7 +12,7 @@ import torch
 import datasets
 import train_svi
 from elbo import FreeBitsELBO
-from ladder import Ladder
+from evaluate import EvaluatedLadder
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.runs.run import Run
 from runtime.errors import UserError
@@ -91,8 +91,8 @@ def test_weights_become_a_run(tmp_path: Path) -> None:
     """The checkpoint holds exactly the arrays of the file."""
     result = run(import_reference.main, *command(tmp_path / "run"))
     assert result.code == 0, result.err
-    ladder = Ladder.load(tmp_path / "run", device="cpu")
-    assert (ladder.step, ladder.weights, ladder.run.image_shape) == (2000, "last", (1, 28, 28))
+    ladder = EvaluatedLadder.load(tmp_path / "run", device="cpu")
+    assert (ladder.step, ladder.source.weights, ladder.image_shape) == (2000, "last", (1, 28, 28))
     assert ladder.run.config.free_bits == 0.5
     state = read_weights(WEIGHTS)
     tensors = import_reference.reference_tensors(ladder.model, ladder.guide, state.keys())

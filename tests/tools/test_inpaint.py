@@ -48,10 +48,18 @@ def test_images_binarized_at_each_reading_depend_on_the_seed_alone(
     known = []
     for state in (1, 2):
         torch.manual_seed(state)
-        completed(evaluated_copy, "--mask left --sweeps 2 --chains 1")
+        completed(evaluated_copy, "--mask left --sweeps 2 --chains 1 --overwrite")
         with np.load(evaluated_copy / "eval" / "30" / "inpainting.npz") as arrays:
             known.append(arrays["completions"][..., 4:])
     assert (known[0] == known[1]).all()
+
+
+def test_earlier_completions_are_kept(trained_copy: Path) -> None:
+    arguments = words("--device cpu --mask left --sweeps 2 --chains 1")
+    completed(trained_copy, "--mask right --limit 1 --sweeps 2 --chains 1")
+    before = content(trained_copy)
+    assert "eval/30/inpainting.npz exists" in refusal(inpaint.main, trained_copy, *arguments)
+    assert content(trained_copy) == before
 
 
 def test_a_mask_may_be_a_picture(trained_copy: Path, tmp_path: Path) -> None:

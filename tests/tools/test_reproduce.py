@@ -22,7 +22,7 @@ from ladder_vae.training.rate import Rate
 from ladder_vae.training.trainer import Trainer
 from tests.commands import ROOT, content, refusal, run, words
 from tests.runs.test_presets import made_images
-from tools import import_weights, reproduce
+from tools import reproduce
 
 # A ladder of two layers on the 8x8 digits of scikit-learn, instead of the row's own.
 TINY = words(
@@ -126,7 +126,9 @@ def test_a_longer_run_continues_and_is_evaluated_again(row: Path, tmp_path: Path
 
 def test_other_samples_are_evaluated_without_training(row: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(row, tmp_path / "row"))
-    out = reproduced(folder, *COMMAND, "--samples", 1, 2)
+    line = refusal(reproduce.main, *COMMAND, "--samples", 1, 2, "--out", folder)
+    assert "another samples ([1, 5] instead of [1, 2])" in line
+    out = reproduced(folder, *COMMAND, "--samples", 1, 2, "--overwrite")
     assert list(json.loads((folder / "metrics.json").read_text())["iw"]) == ["1", "2"]
     assert "run folder" not in out
 
@@ -185,7 +187,7 @@ def test_interruptions_change_nothing(
             scored.append(number)
         return group(sampler, number)
 
-    monkeypatch.setattr("ladder.Ladder.batch_size", lambda _: 20)  # ten groups
+    monkeypatch.setattr("ladder.Ladder.batch_size", 20)  # ten groups
     with monkeypatch.context() as patch:
         patch.setattr(ImportanceSampler, "group", interrupted_group)
         codes = [run(reproduce.main, *COMMAND, "--out", folder).code for _ in range(10)]
@@ -323,13 +325,10 @@ def test_fast_presets_change_the_training_and_not_the_network() -> None:
 
 def test_exported_weights_give_the_same_metrics(row: Path, tmp_path: Path) -> None:
     """From the weights' file alone, with the printed metrics' settings."""
-    imported = tmp_path / "imported"
-    weights = row / "weights.safetensors"
-    assert run(import_weights.main, weights, "--out", imported).code == 0
+    weights, again = row / "weights.safetensors", tmp_path / "again"
     metrics = json.loads((row / "metrics.json").read_text())
     size = words(f"--limit 40 --samples 1 5 --batch-size {metrics['batch_size']} --device cpu")
-    assert run(evaluate.main, imported, *size).code == 0
-    (again,) = imported.glob("eval/*/metrics.json")
-    found = json.loads(again.read_text())
+    assert run(evaluate.main, weights, *size, "--out", again).code == 0
+    found = json.loads((again / "metrics.json").read_text())
     for name in ("elbo", "iw", "standard_error", "kl_per_layer"):
         assert found[name] == metrics[name]

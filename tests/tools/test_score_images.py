@@ -115,6 +115,18 @@ def test_folders_with_the_same_name_have_files_of_their_own(
     assert "both sets are a/digits" in line
 
 
+def test_earlier_scores_are_kept(trained_copy: Path) -> None:
+    """Unless another file holds them, or --overwrite is given."""
+    arguments = words("digits --samples 1 --limit 2")
+    scored(trained_copy, " ".join(arguments))
+    before = content(trained_copy)
+    line = refusal(score_images.main, trained_copy, *words("--device cpu"), *arguments)
+    assert "eval/30/scores-digits.csv exists" in line
+    assert content(trained_copy) == before
+    scored(trained_copy, "digits --samples 1 --limit 3 --overwrite")
+    assert len(rows(trained_copy / "eval" / "30" / "scores-digits.csv")) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -10,20 +10,21 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 NOTEBOOK = DOCS / "tutorial.ipynb"
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Numbers of the figures shown, without a window, in the notebook's folder."""
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
+    """The figures shown, without a window, in the notebook's folder."""
     monkeypatch.chdir(DOCS)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    figures: list[int] = []
+    figures: list[Figure] = []
 
     def show() -> None:
-        figures.append(plt.gcf().number)
+        figures.append(plt.gcf())
         plt.close("all")
 
     backend = matplotlib.get_backend()
@@ -37,7 +38,7 @@ def cells(kind: str) -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def test_the_tutorial_runs(shown: list[int]) -> None:
+def test_the_tutorial_runs(shown: list[Figure]) -> None:
     """All code cells, one after another, with the numbers that its text relies on."""
     found: dict[str, Any] = {}
     for cell in cells("code"):

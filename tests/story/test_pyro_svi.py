@@ -82,7 +82,7 @@ LOOPS: dict[str, tuple[Any, Loss]] = {
     "Trace_ELBO": (Trace_ELBO(), negative_elbo),
     "Trace_ELBO, vectorized": (
         Trace_ELBO(**TOGETHER),
-        lambda *pair: -log_weights(*pair, 2, vectorized=True).mean(0).sum(),
+        lambda model, guide, x: -log_weights(model, guide, x, 2, vectorized=True).mean(0).sum(),
     ),
     "TraceMeanField_ELBO": (TraceMeanField_ELBO(), MEAN_FIELD.differentiable_loss),
     "TraceGraph_ELBO": (TraceGraph_ELBO(), negative_elbo),
@@ -109,7 +109,7 @@ def test_svi_takes_the_steps_of_a_torch_loop(make_pair: MakePair, x: Tensor, nam
     model, guide = make_pair(learn_top_prior=True, skip=True, gated=True, batchnorm=False)
     model, guide, x = model.double(), guide.double(), x.double()
     plain = copy.deepcopy((model, guide))
-    options = {"lr": 1e-2, "eps": 1e-2}  # a small eps would blow up rounding
+    options: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2}  # a small eps would blow up rounding
     optimizer = torch.optim.Adam([p for m in plain for p in m.parameters()], **options)
     svi = SVI(model, guide, pyro.optim.Adam(options), elbo)
     for step in range(3):

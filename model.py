@@ -24,7 +24,7 @@ from ladder_vae.networks.registration import register
 
 
 def normal_from(parameters: Tensor) -> dist.TorchDistribution:
-    """Normal over feature maps (*batch, Z, h, w) from mean and log-variance, (*batch, 2 Z, h, w)."""
+    """Normal over maps (*batch, Z, h, w) from mean and log-variance, (*batch, 2 Z, h, w)."""
     mean, log_variance = parameters.chunk(2, dim=-3)
     return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
 

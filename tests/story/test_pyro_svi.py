@@ -82,7 +82,7 @@ LOOPS: dict[str, tuple[Any, Loss]] = {
     "Trace_ELBO": (Trace_ELBO(), negative_elbo),
     "Trace_ELBO, vectorized": (
         Trace_ELBO(**TOGETHER),
-        lambda *pair: -log_weights(pair[0], pair[1], pair[2], 2, vectorized=True).mean(0).sum(),
+        lambda model, guide, x: -log_weights(model, guide, x, 2, vectorized=True).mean(0).sum(),
     ),
     "TraceMeanField_ELBO": (TraceMeanField_ELBO(), MEAN_FIELD.differentiable_loss),
     "TraceGraph_ELBO": (TraceGraph_ELBO(), negative_elbo),

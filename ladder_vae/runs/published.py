@@ -45,7 +45,12 @@ def read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     The weights are on the CPU, by their names in the state dict of the ELBO module.
     """
     try:
-        with reading(path), safe_open(path, framework="pt") as file:
+        # By its descriptor: safetensors cannot open a name that is not UTF-8.
+        with (
+            reading(path),
+            path.open("rb") as opened,
+            safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file,
+        ):
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -89,7 +89,12 @@ def read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_file(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The description in a safetensors file's metadata, None without one, and its weights."""
     try:
-        with reading(path), safe_open(path, framework="pt") as file:
+        # By its descriptor: safetensors cannot open a name that is not UTF-8.
+        with (
+            reading(path),
+            path.open("rb") as opened,
+            safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file,
+        ):
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

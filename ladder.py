@@ -93,18 +93,18 @@ class Ladder:
 
         Raises `UserError` if the ladder is not for such images.
         """
-        dataset = dataset or self.run.config.dataset
-        shape = datasets.image_shape(dataset)  # known without a download
+        data = dataset or self.run.config.data
+        shape = datasets.image_shape(data)  # known without a download
         if shape != self.run.image_shape:
             raise UserError(
                 f"{self.run.path} is a run on images {self.run.image_shape}, "
                 f"but those of {dataset} are {shape}"
             )
-        if self._is_binary and not datasets.is_binary(dataset):
+        if self._is_binary and not datasets.is_binary(data):
             raise UserError(
                 f"{self.run.path} is a run on binary images, but those of {dataset} have 256 levels"
             )
-        return datasets.load(dataset, split, data_dir).to(self.device)
+        return datasets.load(data, split, data_dir).to(self.device)
 
     def images_in(self, folder: Path) -> tuple[ImageSet, list[str]]:
         """The images in a folder, on the ladder's device, and the names of their files.
@@ -116,7 +116,7 @@ class Ladder:
 
     @property
     def _is_binary(self) -> bool:
-        return datasets.is_binary(self.run.config.dataset)
+        return datasets.is_binary(self.run.config.data)
 
     def batch_size(self) -> int:
         """The number of image-sample pairs per pass that suits the network and the device."""

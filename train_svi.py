@@ -58,7 +58,7 @@ def build_trainer(
         check_batch_size(config.batch_size, ranks)
     images, held_out = ranks.in_turns(
         lambda: [
-            datasets.load(config.dataset, split, data_dir).to(device)
+            datasets.load(config.data, split, data_dir).to(device)
             for split in (config.train_split, config.held_out_split)
         ]
     )
@@ -183,7 +183,7 @@ def prepare(
         )
     if ranks.share(is_begun(arguments, launch)):
         return resume(arguments.out, device=device, data_dir=data_dir, ranks=ranks)
-    config = config_from(arguments)
+    config = ranks.in_turns(lambda: config_from(arguments))
     path = None if arguments.dry_run else arguments.out or default_folder(config, arguments.preset)
     return begin(config, path, device=device, data_dir=data_dir, ranks=ranks)
 
@@ -216,8 +216,9 @@ def is_begun(arguments: argparse.Namespace, launch: Launch) -> bool:
 
 
 def default_folder(config: RunConfig, preset: str | None) -> Path:
-    """A new folder under runs/, named after the preset or the data set, and the time."""
-    words = [preset or f"{config.dataset}-{len(config.ladder.z_dims)}-layers"]
+    """A new folder under runs/, named after the preset or the data, and the time."""
+    data = config.own.name if config.own else config.dataset
+    words = [preset or f"{data}-{len(config.ladder.z_dims)}-layers"]
     if config.descr:
         words.append("-".join(config.descr.split()).replace(os.sep, "-"))
     words.append(datetime.now().strftime("%Y%m%d-%H%M%S"))

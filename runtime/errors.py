@@ -1,8 +1,9 @@
 """The exception for mistakes of the user, and how scripts report it."""
 
+import difflib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -12,6 +13,12 @@ class UserError(Exception):
 def one_line(text: str) -> str:
     """`text` with line breaks and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known word that is most like `word`; empty if none is."""
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run_command(main: Callable[[], int]) -> None:

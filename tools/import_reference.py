@@ -217,6 +217,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if "train_split" not in arguments:
+        arguments.train_split = "train+valid"  # what the original implementation trains on
     config = config_from(arguments)
     image_shape = datasets.image_shape(config.dataset)
     model, guide = build_ladder(config.ladder, image_shape)

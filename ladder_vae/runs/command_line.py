@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args, get_origin
 
+import datasets
+from datasets import own_images
+from datasets.own_images import UNKNOWN, OwnImages
 from ladder_vae.networks import LadderConfig
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
@@ -22,8 +25,8 @@ _FLAGS = {
     "weight_decay": ("--wd",),
 }
 _LIKELIHOOD_HELP = (
-    "distribution of x given z; auto is bernoulli for binary images and discr_log_mix for 8-bit "
-    "ones"
+    "distribution of x given z; auto is bernoulli for binary images, discr_log_mix for 8-bit RGB "
+    "ones and discr_log for 8-bit grey ones"
 )
 OPTIONS: dict[str, dataclasses.Field[Any]] = {
     field.name: field
@@ -110,12 +113,20 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the given options."""
-    preset = PRESETS[arguments.preset] if arguments.preset else {}
-    return config_of(preset | given_options(arguments))
+    """The defaults, overridden by the preset, overridden by the given options.
+
+    If --dataset is a path, its images are prepared in --data-dir.
+    """
+    options = (PRESETS[arguments.preset] if arguments.preset else {}) | given_options(arguments)
+    dataset = options.get("dataset", RunConfig.dataset)
+    if dataset in datasets.NAMES or not own_images.is_path(dataset):
+        return config_of(options)
+    config = config_of(options, UNKNOWN)  # check the other options before a long preparation
+    size = config.image_size if any(config.image_size) else []
+    return config_of(options, own_images.prepare(dataset, size, arguments.data_dir))
 
 
-def config_of(options: dict[str, Any]) -> RunConfig:
+def config_of(options: dict[str, Any], own: OwnImages | None = None) -> RunConfig:
     """`RunConfig.of`, but errors are `UserError`s that name the flags."""
     with as_user_errors():
-        return RunConfig.of(**options)
+        return RunConfig.of(**options, own=own)

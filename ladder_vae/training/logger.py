@@ -251,7 +251,7 @@ class Logger:
         self._evaluation = HeldOutEvaluation(config, held_out, ranks)
         self._image_shape = held_out.shape
         # Bounds of colour images are also shown in bits per dimension.
-        self._in_bits = not datasets.is_binary(config.dataset)
+        self._in_bits = not datasets.is_binary(config.data)
         self._since_step, self._since = step, time.monotonic()
         self._shown = 0.0
         self._collapsed: set[int] = set()

@@ -81,9 +81,12 @@ def picture_header(path: Path) -> tuple[int, int, int]:
     Raises:
         UserError: the file is damaged or no image.
     """
+    from PIL import Image
+
     with _opened(path) as image:
         width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) >= 5:  # rotated by a quarter
+        # A PNG's own method would decode the picture.
+        if Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5:  # rotated by a quarter
             width, height = height, width
         return (3 if image.mode in _COLOUR else 1, height, width)
 

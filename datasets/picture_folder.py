@@ -63,7 +63,7 @@ class PictureFolder:
         blocks = [self._pictures[i : i + _BLOCK] for i in range(0, len(self._pictures), _BLOCK)]
         files = [partial_folder / f"{_key(block)}.npz" for block in blocks]
         jobs = [job for job in zip(blocks, files, strict=True) if not job[1].exists()]
-        decode = partial(_decode_block, self.path, shape)
+        decode = partial(_decode_block, self.path, shape, bool(size))
         for _ in _in_parallel(decode, jobs, f"preparing {self.path.name}"):
             pass
         return PreparedPictures(shape, self._pictures, files, partial_folder)
@@ -140,13 +140,18 @@ def resized(levels: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
     Lanczos filter, whose support grows with the reduction, so that nothing is aliased.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     height, width = size
     if levels.shape[:2] == (height, width):
         return levels
-    image = Image.fromarray(levels.squeeze(-1) if levels.shape[-1] == 1 else levels)
-    fitted = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    scale = min(levels.shape[0] / height, levels.shape[1] / width)
+    cut = [max(1, round(scale * side)) for side in (height, width)]
+    top, left = ((have - want) // 2 for have, want in zip(levels.shape, cut, strict=False))
+    # Crop first: Pillow's `box` would let the filter see pixels outside.
+    cropped = levels[top : top + cut[0], left : left + cut[1]]
+    image = Image.fromarray(cropped.squeeze(-1) if levels.shape[-1] == 1 else cropped)
+    fitted = image.resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(fitted).reshape(height, width, -1)
 
 
@@ -205,7 +210,9 @@ def _read_headers(folder: Path, names: Sequence[str]) -> list[tuple[int, int, in
     return [picture_header(folder / name) for name in names]
 
 
-def _decode_block(folder: Path, shape: Shape, job: tuple[Sequence[_Picture], Path]) -> None:
+def _decode_block(
+    folder: Path, shape: Shape, resize: bool, job: tuple[Sequence[_Picture], Path]
+) -> None:
     """Write the file of a block: its images, and the SHA-256 of their files."""
     pictures, file = job
     channels, height, width = shape
@@ -213,7 +220,10 @@ def _decode_block(folder: Path, shape: Shape, job: tuple[Sequence[_Picture], Pat
     sha256 = np.empty((len(pictures), 32), np.uint8)
     for row, picture in enumerate(pictures):
         path = folder / picture.name
-        images[row] = resized(read_picture(path), (height, width))
+        levels = read_picture(path)
+        if levels.shape[-1] != channels or not (resize or levels.shape == images.shape[1:]):
+            raise UserError(f"{path} was replaced while it was read: start the command again")
+        images[row] = resized(levels, (height, width))
         with reading(path), path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").digest()
         sha256[row] = np.frombuffer(digest, np.uint8)

@@ -7,10 +7,22 @@ The user's own images satisfy the same interface, see `datasets.own_images`.
 from pathlib import Path
 from typing import Protocol
 
-from datasets import celeba, cifar10, digits, mnist, multi_dsprites, static_mnist, svhn
+from datasets import (
+    celeba,
+    cifar10,
+    digits,
+    fashion_mnist,
+    kmnist,
+    mnist,
+    multi_dsprites,
+    omniglot,
+    static_mnist,
+    svhn,
+)
 from datasets.batches import TrainingBatches
+from datasets.grey import GreyLevels
 from datasets.images import ImageSet, Shape
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 
 __all__ = [
     "NAMES",
@@ -40,8 +52,15 @@ _MODULES: dict[str, DataSet] = {
     "celeba": celeba,
     "cifar10": cifar10,
     "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "fashion_mnist_grey": GreyLevels("fashion_mnist_grey", fashion_mnist),
+    "kmnist": kmnist,
+    "kmnist_grey": GreyLevels("kmnist_grey", kmnist),
     "mnist": mnist,
+    "mnist_grey": GreyLevels("mnist_grey", mnist),
     "multi_dsprites": multi_dsprites,
+    "omniglot": omniglot,
+    "omniglot_grey": GreyLevels("omniglot_grey", omniglot),
     "static_mnist": static_mnist,
     "svhn": svhn,
 }
@@ -90,5 +109,8 @@ def _module(dataset: str | DataSet) -> DataSet:
     if not isinstance(dataset, str):
         return dataset
     if dataset not in _MODULES:
-        raise UserError(f"there is no data set {dataset!r}: choose from {', '.join(NAMES)}")
+        raise UserError(
+            f"there is no data set {dataset!r}: choose from {', '.join(NAMES)}"
+            f"{did_you_mean(dataset, NAMES)}"
+        )
     return _MODULES[dataset]

@@ -163,7 +163,9 @@ def test_the_data_folder_may_come_from_the_environment(
     made_static_mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LVAE_DATA", str(made_static_mnist))
-    small = "-d static_mnist --zdims 2 --downsample 1 --nfilters 4 --batch-size 8 --steps 1 --dry-run"
+    small = (
+        "-d static_mnist --zdims 2 --downsample 1 --nfilters 4 --batch-size 8 --steps 1 --dry-run"
+    )
     assert "60 images" in train(*small.split(), "--device", "cpu").out
 
 

@@ -27,13 +27,8 @@ import datasets
 from elbo import FreeBitsELBO
 from guide import build_ladder
 from ladder_vae.networks.blocks import count_parameters
-from ladder_vae.runs.command_line import (
-    OneLineParser,
-    add_options,
-    as_user_errors,
-    config_from,
-    given_options,
-)
+from ladder_vae.runs.command_line import OneLineParser, add_options, as_user_errors, given_options
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
@@ -175,8 +170,10 @@ def prepare(
         torch.cuda.set_device(device)
     data_dir = arguments.data_dir
     if arguments.resume is not None:
-        if arguments.preset or arguments.out or arguments.dry_run:
-            raise UserError("--resume cannot be combined with --preset, --out or --dry-run")
+        if arguments.preset or arguments.config or arguments.out or arguments.dry_run:
+            raise UserError(
+                "--resume cannot be combined with --preset, --config, --out or --dry-run"
+            )
         changes = given_options(arguments)
         return resume(
             arguments.resume, device=device, data_dir=data_dir, changes=changes, ranks=ranks

@@ -17,7 +17,7 @@ def one_line(text: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known word that is most like `word`; empty if none is."""
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else ""
 
 

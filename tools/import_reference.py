@@ -23,7 +23,8 @@ from guide import LadderGuide, build_ladder
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.blocks import ResidualBlock
 from ladder_vae.runs.checkpoint import load_tensors, weights_only
-from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.run import Run
 from model import LadderModel
 from runtime.errors import UserError, run_command

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate import at_least
-from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 

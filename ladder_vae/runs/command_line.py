@@ -5,15 +5,14 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-import datasets
-from datasets import own_images
-from datasets.own_images import UNKNOWN, OwnImages
+from datasets.own_images import OwnImages
 from ladder_vae.networks import LadderConfig
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
 
 # Flags of the original implementation that differ from the option's name.
 _FLAGS = {
@@ -43,7 +42,12 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        advice = ""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            advice = did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2]))
+        elif unknown := re.search(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
+            advice = did_you_mean(unknown[1], self._option_string_actions)
+        raise UserError(f"{message}{advice} (see --help)")
 
 
 def flag(name: str) -> str:
@@ -66,11 +70,21 @@ def as_user_errors() -> Iterator[None]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset` and all options of `RunConfig`; only given ones end up in the namespace."""
+    """Add `--preset`, `--config` and all options of `RunConfig`.
+
+    Of the last, only given ones end up in the namespace.
+    """
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help="a named configuration; other options override it",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="options from a file, .json (such as a run's config.json), .yaml or .toml; they "
+        "override the preset, and other options override them",
     )
     add_run_options(parser)
 
@@ -110,20 +124,6 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Fi
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that the command line gives explicitly, by name."""
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
-
-
-def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the preset, overridden by the given options.
-
-    If --dataset is a path, its images are prepared in --data-dir.
-    """
-    options = (PRESETS[arguments.preset] if arguments.preset else {}) | given_options(arguments)
-    dataset = options.get("dataset", RunConfig.dataset)
-    if dataset in datasets.NAMES or not own_images.is_path(dataset):
-        return config_of(options)
-    config = config_of(options, UNKNOWN)  # check the other options before a long preparation
-    size = config.image_size if any(config.image_size) else []
-    return config_of(options, own_images.prepare(dataset, size, arguments.data_dir))
 
 
 def config_of(options: dict[str, Any], own: OwnImages | None = None) -> RunConfig:

@@ -18,7 +18,8 @@ from torch.distributed.run import get_args_parser
 
 import datasets
 import train_svi
-from ladder_vae.runs.command_line import config_from, given_options
+from ladder_vae.runs.command_line import given_options
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.training.resume import CHANGEABLE
 from tests.commands import run

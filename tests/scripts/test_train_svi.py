@@ -8,7 +8,7 @@ import pytest
 
 import train_svi
 from datasets import static_mnist
-from ladder_vae.runs.command_line import config_from
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run
 from tests.commands import Result, content, run, script, words

@@ -6,8 +6,8 @@ Per image, in nats, with KL_i the divergence between posterior and prior of laye
     objective = log p(x | z) - kl_weight * sum_i max(KL_i, free_bits)    (maximised)
 
 KL_i is the one-sample estimate log q(z_i) - log p(z_i), or with `analytic_kl` the closed form given
-z_{>i}. Free bits clamp the KL of each layer image by image: below them, training does not reduce it
-further.
+z_{>i}. Free bits set a floor for the KL of each layer and image: a KL below it has no gradient, so
+training does not reduce it further.
 """
 
 from typing import Any, NamedTuple
@@ -94,10 +94,10 @@ class FreeBitsELBO(ELBO):
             return -self.compute_terms(model, guide, *args, **kwargs).elbo.sum().item()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """Compute the gradient of the negative objective; returns the latter.
+        """Backpropagate the negative objective; returns its value.
 
-        `pyro.infer.SVI` calls this and trains the parameters registered meanwhile. It registers
-        the modules, because neither model nor guide registers itself.
+        `pyro.infer.SVI` calls this method, and trains the parameters that are registered during
+        the call. Neither model nor guide registers itself, so this method does.
         """
         for name, module in (("model", model), ("guide", guide)):
             if isinstance(module, nn.Module):
@@ -108,9 +108,10 @@ class FreeBitsELBO(ELBO):
 
 
 def _register(name: str, module: nn.Module) -> None:
-    """Register a module's parameters with Pyro, replacing another module's of that name.
+    """Register a module's parameters with Pyro.
 
-    Pyro itself would continue to train the other module.
+    Parameters of another module under the same names are replaced: otherwise Pyro would continue to
+    train those.
     """
     store = pyro.get_param_store()
     registered = dict(store.named_parameters())

@@ -59,10 +59,10 @@ def evaluate(
         seed: random seed of all noise, and of the images that `limit` chooses.
         temperature: factor on the prior's standard deviations in samples.png, for all layers or
             for each from the bottom.
-        limit: evaluate this many random images; None for all.
+        limit: number of random images to evaluate; None for all.
         ranks: the processes that share the work; the first one writes.
-        check: called before each group of images; may raise to interrupt the evaluation. The same
-            call resumes it.
+        check: called before each group of images; may raise to interrupt the evaluation, which
+            the same call resumes.
 
     Returns the content of metrics.json, in every process.
     """
@@ -115,17 +115,17 @@ def draw_pictures(
 
 
 def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
-    """The index of `limit` random images, or of all for None; raises `UserError` for too many."""
+    """The indices of `limit` random images, or of all if None; `UserError` if there are fewer."""
     if limit is not None and limit > len(images):
-        raise UserError(f"--limit is {limit} but {images.split} has {len(images)} images")
+        raise UserError(f"--limit is {limit} but {images.split} has only {len(images)} images")
     return random_index(len(images), limit or len(images), seed)
 
 
-# --- The command line, parts of which the tools share ---
+# --- The command line; the tools reuse parts of it ---
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number with a minimum."""
+    """The argparse type of a whole number of at least `least`."""
 
     def integer(text: str) -> int:
         value = int(text)
@@ -137,7 +137,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def random_seed(text: str) -> int:
-    """The type of --seed."""
+    """The argparse type of a random seed."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"{value} must be at least 0 and below 2**63")
@@ -145,13 +145,13 @@ def random_seed(text: str) -> int:
 
 
 def add_ladder_options(parser: argparse.ArgumentParser) -> None:
-    """Add RUN and what says which ladder is evaluated, on which images and how."""
+    """Add RUN and the options that choose checkpoint, images, device and output folder."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_svi.py")
     parser.add_argument(
         "--checkpoint",
         default="last",
         metavar="STEP",
-        help="a step, best or last (default: last)",
+        help="checkpoint to evaluate: a step, best or last (default: last)",
     )
     parser.add_argument(
         "--average",
@@ -199,7 +199,7 @@ def add_ladder_options(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: LVAE_DATA in the environment, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
 
 
@@ -232,7 +232,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Parse a command line; raises `UserError` unless --samples ascends."""
     arguments = parser.parse_args(argv)
     if any(a >= b for a, b in itertools.pairwise(arguments.samples)):
-        raise UserError(f"--samples is {' '.join(map(str, arguments.samples))}; it must ascend")
+        raise UserError(
+            f"--samples is {' '.join(map(str, arguments.samples))}; give ascending numbers"
+        )
     return arguments
 
 
@@ -277,7 +279,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def print_results(ladder: Ladder, results: dict[str, Any], folder: Path) -> None:
-    """Print the table of bounds, and where the files are."""
+    """Print the table of bounds and the paths of the files."""
     split = results["split"]
     print(
         f"{results['dataset']}, {results['n_images']:,} {split} images, step {ladder.step:,}, "

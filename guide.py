@@ -3,10 +3,10 @@
     q(z | x) = q(z_L | x) prod_{i=1}^{L-1} q(z_i | z_{>i}, x)
 
 A deterministic bottom-up pass turns the image into one feature map d_i per layer. Inference then
-goes down the generative ladder itself: each posterior is computed from d_i merged with the model's
-own feature map h_{i+1} (Sønderby et al., 2016, section 2.2). Model and guide thus share one
-top-down pass: as a `pyro.poutine.guide.GuideMessenger` the guide runs the model under itself and
-replaces each prior by its posterior when the model samples it. That one pass yields both traces,
+runs the generative ladder itself from the top down: each posterior is computed from d_i merged with
+the model's own feature map h_{i+1} (Sønderby et al., 2016, section 2.2). Model and guide thus share
+one top-down pass: as a `pyro.poutine.guide.GuideMessenger`, the guide runs the model, and when the
+model samples z_i, the guide replaces its prior by the posterior. That one pass yields both traces,
 with one set of dropout masks and batch-norm statistics.
 """
 
@@ -125,12 +125,12 @@ class LadderGuide(GuideMessenger, nn.Module):
             x: images (N, C, H, W) in [0, 1].
             features: the result of `bottom_up(x)`, if already computed. Importance sampling
                 computes it once per image and draws from it many times.
-            from_prior: draw this many of the lowest layers, 0 to L, from their priors instead. With
-                k of them the ELBO is the bound L^{>k} of Havtorn et al. (2021), "Hierarchical VAEs
-                know what they don't know", in which the KL of these layers is zero.
+            from_prior: the number k of lowest layers, 0 to L, to draw from their priors instead.
+                The ELBO is then the bound L^{>k} of Havtorn et al. (2021), "Hierarchical VAEs know
+                what they don't know", in which the KL of these layers is zero.
 
         Raises:
-            ValueError: the ladder has fewer than `from_prior` layers.
+            ValueError: `from_prior` is negative or above the number of layers.
         """
         depth = len(self.posteriors) + 1
         if not 0 <= from_prior <= depth:
@@ -143,7 +143,7 @@ class LadderGuide(GuideMessenger, nn.Module):
             self._features = ()
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave out the trace: a copy starts without one."""
+        """The attributes without the last trace: a copy or a pickle starts without one."""
         return {name: value for name, value in self.__dict__.items() if name != "trace"}
 
     def get_posterior(self, name: str, prior: dist.TorchDistribution) -> dist.TorchDistribution:

@@ -1,7 +1,9 @@
 """A trained ladder: its model and guide with the weights of a checkpoint.
 
-ladder = Ladder.load("runs/mnist-12")
-images = ladder.images("test", "data")
+    ladder = Ladder.load("runs/mnist-12")
+    images = ladder.images("test", "data")
+
+`Ladder.score` computes bounds on the log-likelihood of such images.
 """
 
 import os
@@ -119,7 +121,7 @@ class Ladder:
         return datasets.is_binary(self.run.config.data)
 
     def batch_size(self) -> int:
-        """The number of image-sample pairs per pass that suits the network and the device."""
+        """The automatic batch size (images times samples per pass) for network and device."""
         x = torch.zeros(1, *self.run.image_shape, device=self.device)
         return automatic_batch_size(self.run.config.ladder, self.guide, x)
 
@@ -138,9 +140,9 @@ class Ladder:
     ) -> tuple[Bounds, ProgressFile]:
         """The bounds of the images at `index`, for each K in `samples` (ascending).
 
-        What is finished is kept in `folder`/.progress, from where an interrupted scoring resumes.
-        Remove the returned progress file when the bounds are saved. `check` is called before each
-        group of images, and may raise to interrupt the scoring.
+        Finished groups of images are kept in `folder`/.progress, and the same call resumes an
+        interrupted scoring from there. Remove the returned progress file when the bounds are saved.
+        `check` is called before each group and may raise to interrupt the scoring.
         """
         sampler = ImportanceSampler(
             self.model,
@@ -165,7 +167,7 @@ class Ladder:
         return score(sampler, progress, ranks, check=check), progress
 
     def origin(self) -> dict[str, Any]:
-        """What a file of metrics records about the ladder and this machine."""
+        """The entries of a metrics file that describe the ladder and this machine."""
         return {
             "step": self.step,
             "weights": self.weights,

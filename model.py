@@ -3,11 +3,12 @@
 A hierarchy of L layers of spatial latent variables above the image x (Sønderby et al., 2016), each
 conditioned on all layers above it through skip connections (Maaløe et al., 2019):
 
-    p(x, z) = p(x | z_1) p(z_L) prod_{i=1}^{L-1} p(z_i | z_{>i})
+    p(x, z) = p(x | z_1, ..., z_L) p(z_L) prod_{i=1}^{L-1} p(z_i | z_{>i})
 
 where every p(z_i | z_{>i}) is a Normal with diagonal covariance. Layer 1 is the bottom, with the
-largest feature map. The ladder differs from that of Sønderby et al. in its skip connections, its
-convolutional latents, and in free bits instead of an annealed KL (see `elbo.py`).
+largest feature map. Without skip connections, x depends on z_1 alone, and z_i on z_{i+1} alone. The
+ladder differs from that of Sønderby et al. in its skip connections and convolutional latents, and
+in using free bits, with or without an annealed KL (see `elbo.py`).
 """
 
 import pyro
@@ -51,7 +52,7 @@ class ConditionalPrior(nn.Module):
 
 
 class TopDownLayer(nn.Module):
-    """From z_i and the feature map h_{i+1} of the layer above to the feature map h_i."""
+    """Computes the feature map h_i from z_i and, with skip connections, h_{i+1}."""
 
     def __init__(
         self, style: BlockStyle, z_channels: int, blocks: int, upsample: int, *, skip: bool
@@ -69,7 +70,7 @@ class TopDownLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From h_1 to the last feature map, at the size of the image."""
+    """Computes the last feature map, which has the size of the image, from h_1."""
 
     def __init__(
         self, style: BlockStyle, config: LadderConfig, image_size: tuple[int, int]
@@ -90,10 +91,10 @@ class Decoder(nn.Module):
 class LadderModel(nn.Module):
     """p(x, z) for images of shape `image_shape` (channels, height, width).
 
-    Pyro sites, for n images in the plate `images`: `z_L` ... `z_1`, each (n, z_dims[i], h_i, w_i),
-    and `x` (n, channels, height, width). The deterministic sites `h_L` ... `h_2` hold the feature
-    maps that the priors of the layers below are computed from. The guide uses them for its
-    posteriors.
+    Pyro sites, for n images in the plate `images`: `z_L` ... `z_1`, each a spatial feature map
+    (n, z_dims[i-1], height, width), and `x` (n, channels, height, width). The deterministic sites
+    `h_L` ... `h_2` hold feature maps: the prior of z_i is computed from h_{i+1}, and the guide
+    computes its posterior from the same map.
     """
 
     def __init__(self, config: LadderConfig, image_shape: tuple[int, int, int]) -> None:
@@ -131,7 +132,7 @@ class LadderModel(nn.Module):
             z = pyro.sample(f"z_{depth}", self.top_prior(len(images)))
             h = self.layers[-1](z, None)
             for i in range(depth - 1, 0, -1):
-                # p(z_i | z_{>i}), by the feature map h_{i+1} of the layers above
+                # p(z_i | z_{>i}), from the feature map h_{i+1} of the layer above
                 h_above = pyro.deterministic(f"h_{i + 1}", h, event_dim=3)
                 z = pyro.sample(f"z_{i}", self.priors[i - 1](h_above))
                 h = self.layers[i - 1](z, h_above)

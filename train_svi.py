@@ -7,9 +7,9 @@
 
 A run folder holds config.json, metrics.jsonl, TensorBoard events, checkpoints/ and images/.
 Ctrl-C finishes the current step, writes a checkpoint and exits. --resume continues an interrupted
-run from its last checkpoint and gives the same result as an uninterrupted one. Exit codes: 0 when
-the run has reached its length, 128 + N after signal N, 1 if training diverged, 2 for a mistake in
-the command or the files.
+run from its last checkpoint; on the CPU the result equals that of an uninterrupted run, bit for
+bit. Exit codes: 0 when the run has reached its length, 128 + N after signal N, 1 if training
+diverged, 2 for a mistake in the command or the files.
 """
 
 import argparse
@@ -72,9 +72,9 @@ def begin(
     data_dir: Path,
     ranks: Ranks = ONE_PROCESS,
 ) -> tuple[Trainer, Run | None]:
-    """A new run in the folder `path`, ready to train; with None nothing is written.
+    """A new run in the folder `path`, ready to train; if `path` is None, nothing is written.
 
-    Where several processes share the work, only the first one gets the run folder.
+    If several processes share the work, only the first one gets the `Run`.
     """
     trainer = build_trainer(config, device, data_dir, ranks)
     trainer.initialise()
@@ -102,11 +102,11 @@ def resume(
     Args:
         changes: options to change, by name; see `CHANGEABLE` in training/resume.py.
 
-    Raises `UserError` if the run is finished, or cannot be resumed.
+    Raises `UserError` if the run is finished or cannot be resumed.
     """
     stored: StoredRun | None = None
     with ranks.together():
-        if ranks.is_first:  # reads for all
+        if ranks.is_first:  # one process reads, for all
             stored = StoredRun.open(
                 path, changes, device if ranks.size == 1 else torch.device("cpu")
             )
@@ -141,7 +141,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/...)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in RUN")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing to disk")
+    parser.add_argument("--dry-run", action="store_true", help="train, but write nothing to disk")
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
     )
@@ -161,7 +161,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def prepare(
     arguments: argparse.Namespace, ranks: Ranks = ONE_PROCESS
 ) -> tuple[Trainer, Run | None]:
-    """The new or resumed run that the command line asks for, ready to train."""
+    """Begin or resume the run that the command line describes; returns it ready to train."""
     launch = Launch.of_environment()
     check_launch(arguments, launch, ranks)
     with ranks.together():
@@ -223,7 +223,7 @@ def default_folder(config: RunConfig, preset: str | None) -> Path:
 
 
 def describe(trainer: Trainer, run: Run | None) -> None:
-    """Print what is trained, and where."""
+    """Print the size of the network, the device, the data and the run folder."""
     config, length, ranks = trainer.config, trainer.length, trainer.ranks
     place = f"{trainer.device}" if ranks.size == 1 else f"{ranks.size} x {trainer.device.type}"
     print(
@@ -258,7 +258,7 @@ def train_to_the_end(trainer: Trainer, run: Run | None) -> int:
             code = 1
             if ranks.is_first:
                 print(f"error: {diverged}", file=sys.stderr)
-        # torchrun ends all processes as soon as one has exited with another code than 0.
+        # Wait for all: torchrun kills the others as soon as one exits with a code other than 0.
         ranks.collect(None)
     return code if signals.signal is None else 128 + signals.signal
 

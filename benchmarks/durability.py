@@ -1,13 +1,12 @@
-"""What training survives: kills, signals, damaged checkpoints, a full disk, random input.
+"""Tests what training survives: kills, signals, damaged checkpoints, a full disk, random input.
 
     python -m benchmarks.durability [--kills 20] [--seed 0]
 
 Trains a tiny ladder in a process that is killed at random moments and resumed each time; the
-result must equal that of an undisturbed run, bit for bit. The same with two processes that share
-each batch: one of them is killed, and the other ends. Damages checkpoints at random places, all of
-which must be detected. Trains on a small file system that fills up and is cleared again, if this
-user may mount one. Runs the tests with random input and counts their cases. Writes
-results/durability.json.
+result must equal that of an undisturbed run, bit for bit. Does the same with two processes that
+share each batch, one of which is killed. Damages checkpoints at random places, all of which must be
+detected. If the user may mount a small file system, trains on one that fills up and is cleared
+again. Runs the tests with random input and counts their cases. Writes results/durability.json.
 """
 
 import importlib
@@ -61,7 +60,7 @@ class Survival:
 
 
 def import_once() -> None:
-    """Import the modules that training imports late, before processes are forked."""
+    """Import what training imports late, so that forked processes need not."""
     for name in (
         "ladder_vae.training.tensorboard_events",
         "sklearn.datasets",

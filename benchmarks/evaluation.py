@@ -1,4 +1,4 @@
-"""Time and memory of the importance-weighted bound: ours, and the whole network for every sample.
+"""Time and memory of importance-weighted bounds: our sampler, and the whole network per sample.
 
     python -m benchmarks.evaluation [--presets digits mnist-3] [--batch-sizes 16 64] [--lines ...]
 
@@ -9,7 +9,7 @@ KIND/OPTIONS:
     ours/bf16+channels_last     the sampler of importance.py; options are a precision (float32,
                                 tf32, bf16), then optionally +channels_last and +compile
     whole/bf16+channels_last    the whole network for every image and sample (harness/plain.py)
-    plain                       that with all of PyTorch's defaults: eager, float32, and with the
+    plain                       `whole` with all of PyTorch's defaults: eager, float32, and with the
                                 C library's default allocator settings
     bottom_up/float32           the part of `whole` that our sampler runs only once
 
@@ -76,7 +76,7 @@ DEFAULT_LINES = (
 
 
 def random_images(config: RunConfig, shape: Shape, count: int) -> ImageSet:
-    """Noise in place of a data set's images."""
+    """Random images in place of a data set's."""
     random = np.random.default_rng(0)
     if datasets.is_binary(config.dataset):
         bits = random.integers(0, 2, (count, *shape), np.uint8)

@@ -1,4 +1,4 @@
-"""What fast paths learn: the same small ladder, trained with each set of options.
+"""Compares what a small ladder learns with each set of options for speed.
 
     python -m benchmarks.learning --data-dir DATA [--only OPTIONS SEED] [--steps 2000]
 

@@ -4,8 +4,8 @@
 
 Times `log_prob` of images (N, 3, 32, 32) given the channels of the likelihood head, alone and with
 the gradient of the channels. The straightforward implementation follows the formulas as they are
-usually written, with differences of sigmoids and one tensor per colour; a check that both give the
-same values comes first. They take turns, and results are medians. Prints a table and writes
+usually written, with differences of sigmoids and one tensor per colour. First checks that both give
+the same values. Then they take turns, and results are medians. Prints a table and writes
 results/benchmarks/likelihoods.json.
 """
 

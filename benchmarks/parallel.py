@@ -7,8 +7,8 @@ processes with one thread each, joined by gloo. They take turns, each time in fr
 results are medians over all steps. Weights and images are random, which does not affect the times.
 
 Estimates: the bytes of gradients that the processes average at each step, and the multiply-adds per
-image of the forward and backward pass, counted by PyTorch. With batch normalisation, each process
-normalises by its own part of the batch: how far gradient and loss then are from those of the whole
+image of the forward and backward pass, counted by PyTorch. Batch normalisation: the difference in
+gradient and loss when each process normalises by its own part of the batch instead of the whole
 batch, with the same noise. Prints tables and writes results/benchmarks/parallel.json.
 """
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.recipes reference cosine-3e-3 [--seed 1] [--data-dir data]
 
-Each recipe trains a small ladder on the training images of static MNIST, on as many images as 2,000
-steps of 64 see, and is evaluated on the validation images; the test images are not used. Writes a
-file per recipe and seed to results/recipes/.
+Each recipe trains a small ladder on the training images of static MNIST, for 2,000 steps of 64
+images or as many images in other batches, and is evaluated on the validation images. The test
+images are not used. Writes a file per recipe and random seed to results/recipes/.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from runtime.files import write_json
 RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")
 IMAGES = 128_000
-# The setting, without what the recipes change.
+# The options that are the same for all recipes.
 SETTING = (
     "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
     "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
@@ -135,7 +135,7 @@ def cosine(lr: str, warmup: int = 100, ema: float = 0.99) -> str:
 
 
 RECIPES: dict[str, Recipe] = {
-    "reference": Recipe("", "the original's: Adamax at 3e-4, constant, no average"),
+    "reference": Recipe("", "the reference's: Adamax at a constant 3e-4, no average"),
     "cosine-1e-3": Recipe(cosine("1e-3"), "1e-3, warm-up of 100 steps, cosine, average of 0.99"),
     "cosine-3e-3": Recipe(cosine("3e-3"), "3e-3, warm-up of 100 steps, cosine, average of 0.99"),
     "cosine-1e-2": Recipe(cosine("1e-2"), "1e-2, warm-up of 100 steps, cosine, average of 0.99"),
@@ -159,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
         "1e-2 ... branches initially scaled by 1/sqrt(blocks)",
         adjust=scale_branches,
     ),
-    "deep-3e-4": Recipe(deep("3e-4"), "the original's 3e-4, warm-up of 50 steps"),
+    "deep-3e-4": Recipe(deep("3e-4"), "the reference's 3e-4, warm-up of 50 steps"),
     "deep-3e-3": Recipe(deep("3e-3"), "3e-3, warm-up of 50 steps"),
     "deep-1e-2": Recipe(deep("1e-2"), "1e-2, warm-up of 50 steps"),
 }

@@ -1,12 +1,11 @@
-"""Cost of a training step against depth, width, resolution and batch size.
+"""Time of a training step against depth, width, resolution and batch size.
 
     python -m benchmarks.scaling [--repeats 5] [--device cpu]
 
-Varies a small ladder in one respect at a time: its number of layers (each with its residual blocks
-and latent, the halvings spread over them), the channels of its feature maps, the height and width
-of its images, the images of a batch. The step and its convolutions alone take turns, both eager, in
-float32 with channels last. Prints a table, writes results/benchmarks/scaling.json and draws
-scaling.png beside it.
+Varies one size of a small ladder at a time: the number of layers (the same number of halvings is
+spread over them), the channels of feature maps, the height and width of images, or the images in a
+batch. The step and its convolutions alone take turns, both eager, in float32 with channels last.
+Prints a table, writes results/benchmarks/scaling.json and draws scaling.png beside it.
 """
 
 from collections.abc import Callable, Sequence

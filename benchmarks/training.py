@@ -1,4 +1,4 @@
-"""Time and memory of a training step: ours, plain PyTorch's, and its convolutions alone.
+"""Time and memory of a training step: ours, in plain PyTorch, and its convolutions alone.
 
     python -m benchmarks.training [--presets digits mnist-3] [--batch-sizes 64] [--lines ...]
 

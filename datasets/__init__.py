@@ -1,4 +1,4 @@
-"""Image data sets, downloaded and checked once, then read on the training device.
+"""Image data sets: downloaded once, checked, and read from the training device's memory.
 
 To add a data set, write a module with `SHAPE`, `BINARY` and `load`, and add it to `_MODULES`.
 The user's own images satisfy the same interface, see `datasets.own_images`.
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class DataSet(Protocol):
-    """The interface of a data set's module."""
+    """What the module of a data set must define."""
 
     @property
     def SHAPE(self) -> Shape: ...  # noqa: N802
@@ -82,7 +82,7 @@ def load(dataset: str | DataSet, split: str, data_dir: str | Path) -> ImageSet:
         data_dir: the folder of the data sets' files.
 
     Raises:
-        UserError: there is no such data set or split, or its file cannot be made, or is damaged.
+        UserError: there is no such data set or split, or its file is damaged or cannot be made.
     """
     module = _module(dataset)
     if split not in SPLITS:

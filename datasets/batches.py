@@ -7,14 +7,14 @@ from datasets.images import ImageSet
 from runtime import random as draws
 from runtime.errors import UserError
 
-# The purpose of a draw, the second part of its key.
+# The second part of a random key names the purpose of the draw.
 _ORDER, _NOISE, _FLIP = 0, 1, 2
 
 
 class TrainingBatches:
     """Batches of shuffled images: `batches(step)` is float32 (batch_size, C, H, W) in [0, 1].
 
-    Each epoch shuffles the images and drops the last, incomplete batch. Order and binarization
+    Each epoch shuffles the images and drops the last batch if it is incomplete. Order and binarization
     noise depend on `seed` and `step` alone, so a resumed run sees the same images as an
     uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a CPU
     and a GPU draw different noise.) With `flip`, each image is flipped horizontally with
@@ -46,7 +46,7 @@ class TrainingBatches:
         return self.part(step, 0, 1)
 
     def part(self, step: int, number: int, parts: int) -> Tensor:
-        """Part `number`, from 0, of the batch of `step` cut into `parts` equal parts."""
+        """Part `number` (from 0) of `parts` equal parts of the batch of `step`."""
         index = self._index(step)
         size = self.batch_size // parts
         chosen = slice(number * size, (number + 1) * size)

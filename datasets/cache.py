@@ -1,4 +1,4 @@
-"""One `NAME.npz` for each data set: made once, complete or not at all, checked at each load."""
+"""The cached `NAME.npz` of a data set: made once, complete or not at all, checked at each load."""
 
 import hashlib
 import os
@@ -40,10 +40,10 @@ def load_arrays(
     """The uint8 arrays `names` of the npz file `path`, checked against `expected`.
 
     If the file is missing, `make` returns all arrays of `expected`, which are checked and written.
-    `compress` False suits arrays that barely shrink and would load slowly.
+    Pass `compress=False` for arrays that barely shrink: without compression they load faster.
 
     Raises:
-        UserError: the file has other contents, or cannot be read or written.
+        UserError: the contents are not as expected, or the file cannot be read or written.
     """
     if not os.path.exists(path):
         with writing(path):

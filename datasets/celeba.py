@@ -40,7 +40,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
     from it. Missing files are downloaded, which needs the package gdown, and kept.
 
     Raises:
-        UserError: a file has other contents, or cannot be downloaded, read or written.
+        UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "celeba.npy"
     shape = (sum(COUNTS.values()), 64, 64, 3)
@@ -90,7 +90,7 @@ def _prepared(folder: Path, names: list[str]) -> Iterator[np.ndarray]:
 
 @contextmanager
 def _opener(folder: Path) -> Iterator[Callable[[str], IO[bytes]]]:
-    """A function that opens an image by its name, from the archive or else from the folder."""
+    """A function that opens an image by name, from the archive if it exists, else the folder."""
     archive = folder / f"{_IMAGES}.zip"
     if archive.exists():
         require_md5(archive, _file_list()[archive.name][1])

@@ -76,7 +76,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
     `train` the other 45,000.
 
     Raises:
-        UserError: a file has other contents, or cannot be downloaded, read or written.
+        UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "cifar10.npz"
     source = "test" if split == "test" else "train"

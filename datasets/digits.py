@@ -1,4 +1,4 @@
-"""scikit-learn's 8x8 handwritten digits, statically binarized: a data set for trials and tests.
+"""scikit-learn's 8x8 handwritten digits, statically binarized: for first trials and tests.
 
 E. Alpaydin and C. Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998: the
 1,797 images of its test set. They come with scikit-learn, so neither a file nor a network is

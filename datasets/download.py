@@ -1,4 +1,4 @@
-"""Published files: the user's own or downloads, checked by MD5."""
+"""Published files, downloaded or provided by the user, and checked by MD5."""
 
 import hashlib
 import socket

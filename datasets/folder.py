@@ -1,7 +1,7 @@
 """The user's own images, in a folder of image files.
 
-Images are neither resized nor thresholded: one that does not fit the model is an error that names
-its file.
+Images are neither resized nor thresholded. An image that does not fit the model is an error, whose
+message names the file.
 """
 
 import io
@@ -34,10 +34,10 @@ _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA"}
 def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, list[str]]:
     """The images in a folder, without its subfolders, and their file names, sorted.
 
-    Images are the files with one of `SUFFIXES`. Each must have `shape` (C, H, W). For C = 1 colour
-    images whose channels are all equal count as grey; for C = 3 grey images are an error. `binary`
-    images must be black (0) and white (255) only. The image set has the folder's name and the split
-    "folder".
+    Images are the files whose name ends in one of `SUFFIXES`. Each must have `shape` (C, H, W). If
+    C = 1, colour images whose channels are all equal count as grey; if C = 3, grey images are an
+    error. `binary` images must be black (0) and white (255) only. The image set has the folder's
+    name and the split "folder".
 
     Raises:
         UserError: there is no such folder, no image in it, or one that is damaged or does not fit.
@@ -58,7 +58,7 @@ def load_folder(path: Path, shape: Shape, *, binary: bool) -> tuple[ImageSet, li
 
 
 def _image_files(folder: Path) -> list[Path]:
-    if not os.path.isdir(folder):  # unlike Path.is_dir, never an error
+    if not os.path.isdir(folder):  # unlike Path.is_dir, never raises
         raise UserError(f"there is no folder {folder}: give one that holds images")
     with reading(folder):
         files = sorted(_visible_images(folder.iterdir()), key=lambda file: file.name)

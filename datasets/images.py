@@ -18,7 +18,7 @@ class ImageSet(ABC):
         name: the data set's name.
         split: the split's name.
         shape: (C, H, W) of one image.
-        is_noisy: whether each reading draws the images again.
+        is_noisy: whether pixels are drawn again each time an image is read.
     """
 
     is_noisy = False
@@ -39,7 +39,7 @@ class ImageSet(ABC):
 
     @property
     def index_device(self) -> torch.device:
-        """The device on which `batch` needs no copy of its index."""
+        """The device that an index should be on, so that `batch` need not copy it."""
         return self._stored.device
 
     def to(self, device: torch.device | str) -> Self:
@@ -81,10 +81,10 @@ class PackedImages(ImageSet):
 
 
 class DynamicallyBinarizedImages(ImageSet):
-    """Grey images whose pixels are Bernoulli(grey / 255), drawn again at each reading.
+    """Grey images whose pixels are drawn from Bernoulli(grey / 255) each time they are read.
 
-    Salakhutdinov and Murray, "On the quantitative analysis of deep belief networks", ICML 2008;
-    Burda et al., "Importance weighted autoencoders", ICLR 2016, draw again at each training step.
+    Salakhutdinov and Murray, "On the quantitative analysis of deep belief networks", ICML 2008.
+    Burda et al., "Importance weighted autoencoders", ICLR 2016, draw them again at each step, too.
     `stored` is uint8 (N, C, H, W).
     """
 
@@ -105,7 +105,7 @@ class ColourImages(ImageSet):
 
 
 class MappedImages(ColourImages):
-    """Colour images in a memory-mapped file, which may exceed the main or a GPU's memory.
+    """Colour images in a memory-mapped file, which may be larger than the memory.
 
     `stored` is as for `ColourImages` and shares the file's memory. It stays on the host: `to`
     changes the device of the batches, and `batch` reads rows on the host and copies them there.
@@ -121,7 +121,7 @@ class MappedImages(ColourImages):
 
     def to(self, device: torch.device | str) -> Self:
         moved = copy.copy(self)
-        # A tensor's device has an index, "cuda:0" for "cuda", as that of other image sets.
+        # A tensor's device always has an index ("cuda:0"), like the device of other image sets.
         moved._device = torch.empty(0, device=device).device
         return moved
 

@@ -1,8 +1,8 @@
-"""`NAME.npy` for images that do not fit into memory: written row by row, read by memory map.
+"""`NAME.npy` for images that do not fit into memory: written row by row, and memory-mapped.
 
-`NAME.json` beside it holds its size and SHA-256, the SHA-256 of blocks sampled from first to last,
-and what else the writer records. Each load checks the sampled blocks, because reading a large file
-whole would take too long.
+`NAME.json` beside it holds its size, its SHA-256, the SHA-256 of blocks spread over the file, and
+what else the writer records. Each load checks size and blocks only, because reading all of a large
+file would take too long.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ def write_mapped(
             file.write(chunk)
             digest.update(chunk)
         file.flush()
-        # The record comes first: no array gets its final name without one.
+        # The record comes first, so that an array with its final name always has one.
         checksums = _record(Path(file.name)) | {"sha256": digest.hexdigest()}
         write_json(record_path(path), checksums | dict(origin))
 
@@ -85,7 +85,7 @@ def _npy_chunks(shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> Iterable[
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What each load checks: the size, and the SHA-256 of blocks sampled from first to last."""
+    """What each load checks: the size, and the SHA-256 of blocks spread over the file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = file.seek(0, io.SEEK_END)

@@ -36,11 +36,11 @@ def load(split: str, data_dir: Path) -> ImageSet:
     """One split, from `DATA_DIR/mnist.npz`.
 
     A missing `mnist.npz` is made from the four published files, which are downloaded unless they
-    are in `data_dir`. `train` and `train+valid` draw each pixel as Bernoulli(grey / 255) at every
-    reading; `valid` and `test` are one such draw with a fixed seed.
+    are in `data_dir`. `train` and `train+valid` draw each pixel from Bernoulli(grey / 255) every
+    time a batch is read; `valid` and `test` are one such draw with a fixed seed.
 
     Raises:
-        UserError: a file has other contents, or cannot be downloaded, read or written.
+        UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
     return binarized("mnist", split, grey(split, data_dir))
 

@@ -38,7 +38,7 @@ CONTENTS = {
 SHAPES = ("square", "ellipse", "heart")
 SCALES, ORIENTATIONS, POSITIONS, COLOURS = 6, 40, 32, 7
 _SEED = 0
-_PLACES = 2  # sprites in an image at most
+_PLACES = 2  # the largest number of sprites in an image
 _WINDOW = 26  # pixels; a sprite's centre is its window's centre, between four pixels
 _FIRST_CENTRE = 16  # the first of the 32 positions, so that no sprite is cut off
 _CHUNK = 2000  # images drawn at a time
@@ -64,7 +64,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
     """One split, from `DATA_DIR/multi_dsprites.npz`, which is generated if it is missing.
 
     Raises:
-        UserError: the file has other contents, or cannot be read or written.
+        UserError: the file has unexpected contents, or cannot be read or written.
     """
     names = split.split("+")
     arrays = load_arrays(data_dir / "multi_dsprites.npz", CONTENTS, names, _generate)
@@ -142,7 +142,7 @@ def _turned_pixels() -> tuple[np.ndarray, np.ndarray]:
     divided by 2^`_TURN_BITS`.
     """
     angles = 2 * np.pi / ORIENTATIONS * np.arange(ORIENTATIONS)[:, None, None]
-    # Rounding makes the cosine independent of its last bit, which differs between machines.
+    # Rounded, because the last bit of a cosine differs between machines.
     cosine, sine = (np.rint(f(angles) * 2**_TURN_BITS).astype(np.int64) for f in (np.cos, np.sin))
     centres = np.arange(1 - _WINDOW, _WINDOW, 2)
     x, y = centres[None, None, :], -centres[None, :, None]

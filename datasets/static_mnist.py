@@ -1,4 +1,4 @@
-"""Statically binarized MNIST, in which each pixel was drawn once by the publishers.
+"""Statically binarized MNIST: its publishers drew each pixel once.
 
 H. Larochelle and I. Murray, "The neural autoregressive distribution estimator", AISTATS 2011,
 with the binarization of R. Salakhutdinov and I. Murray, "On the quantitative analysis of deep
@@ -44,7 +44,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
     are in `data_dir`.
 
     Raises:
-        UserError: a file has other contents, or cannot be downloaded, read or written.
+        UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "static_mnist.npz"
     names = split.split("+")

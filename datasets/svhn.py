@@ -38,7 +38,7 @@ def load(split: str, data_dir: Path) -> ImageSet:
     67,257.
 
     Raises:
-        UserError: a file has other contents, or cannot be downloaded, read or written.
+        UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
     path = data_dir / "svhn.npz"
     source = "test" if split == "test" else "train"

@@ -39,7 +39,7 @@ _MMAP_MAX, _NONE = -4, 0
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory, instead of returning it and having new pages cleared."""
+    """Make glibc keep and reuse freed memory: the kernel would have to clear new pages."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_MAX, _NONE)

@@ -1,4 +1,4 @@
-"""Processes that torchrun starts to share one piece of work."""
+"""Communication between the processes that torchrun starts to share one task."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ from runtime.errors import UserError
 
 T = TypeVar("T")
 
-# How long a process waits for the others, which may be downloading data. If one dies, the others
+# How long a process waits for another, which may be downloading data. If one dies, the others
 # notice the closed connection at once, and torchrun ends them all.
 _TIMEOUT = timedelta(days=2)
 
@@ -28,7 +28,7 @@ _TIMEOUT = timedelta(days=2)
 class Ranks:
     """This process's place among those that share the work; a single process is the first.
 
-    All processes must call the methods together, in the same order; only `reports` is different.
+    All processes must call each method together and in the same order, except `reports`.
     """
 
     rank: int = 0
@@ -112,8 +112,8 @@ ONE_PROCESS = Ranks()
 def joined_ranks(advice: str = "") -> Iterator[Ranks]:
     """Connect the processes that torchrun started; does nothing for a single process.
 
-    One process reports a failure that all share. If a process has died, the others exit at once
-    with code 1, and one of them reports it, followed by `advice`.
+    A failure that all processes share is reported by one of them. If a process dies, the others
+    exit at once with code 1, and one of them reports the death, followed by `advice`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

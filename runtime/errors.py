@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and how scripts report it."""
+"""The exception for a user's mistakes, and how scripts report it."""
 
 import difflib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A mistake of the user. The message is one line: what is wrong, and what would be right."""
+    """A user's mistake. The message is one line: what is wrong, and what would be right."""
 
 
 def one_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Writing files that an interruption leaves complete or unchanged, and errors in one line."""
+"""Reading and writing files: an interruption leaves no half-written file, errors are one line."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from runtime.errors import UserError
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path` to write to; deleted at the end unless it was renamed.
+    """A new temporary file beside `path`, deleted at the end unless it was renamed.
 
     Raises `UserError` if it cannot be written, as in a read-only folder or on a full disk.
     """
-    # Not `tempfile`: its files are private to the user, and data and runs are often shared.
+    # `tempfile` would make files that only the user may read, but data and runs are often shared.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with writing(path), temporary.open("xb") as file:
@@ -104,7 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class AppendedFile:
-    """A file to append records to; a record that does not fit on the disk leaves no trace."""
+    """A file to append records to; a record that does not fit on the disk is not written at all."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)

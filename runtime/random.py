@@ -1,8 +1,8 @@
 """Keyed random numbers: a pure function of their key, on every machine and in every version.
 
-A key is a seed followed by integers that name the purpose of the draw. NumPy guarantees the streams
-of `SeedSequence` and `PCG64` but not how `Generator` turns them into a shuffle. Fixed splits and
-resumed runs need that guarantee, so this module does the last step itself.
+A key is a random seed followed by integers that name the purpose of the draw. NumPy guarantees the
+streams of `SeedSequence` and `PCG64`, but not how `Generator` turns them into a shuffle. Fixed
+splits and resumed runs need that guarantee, so this module does not use `Generator`.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def bernoulli(probabilities: np.ndarray, seed: int, *key: int) -> np.ndarray:
 
 
 def torch_seed(seed: int, *key: int) -> int:
-    """A 64-bit seed for a `torch.Generator`, well mixed: keys next to each other share nothing."""
+    """A 64-bit seed for a `torch.Generator`; similar keys give unrelated seeds."""
     return int(_sequence(seed, key).generate_state(1, np.uint64)[0])
 
 

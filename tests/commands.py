@@ -1,4 +1,4 @@
-"""Commands run by the tests, in this process or in another one, and their results."""
+"""Runs commands for the tests, in this process or in another one, and returns their results."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def is_one_line_error(result: Result) -> bool:
 
 
 def refusal(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
-    """The one-line error of a command, which must fail without output."""
+    """The one-line error of a command, which must fail and print nothing else."""
     result = run(main, *arguments)
     assert is_one_line_error(result), result
     assert result.out == ""

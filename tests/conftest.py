@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a clean start for each test, tiny ladders, and trained runs."""
+"""Fixtures for all tests: clean global state, tiny ladders, and trained runs."""
 
 import shutil
 from collections.abc import Callable

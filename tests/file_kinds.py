@@ -1,4 +1,4 @@
-"""Every kind of file that the commands read: how to write a whole one, and how it is read."""
+"""Every kind of file that the commands read: how to write an undamaged one, and how it is read."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def save_arrays(save: Callable[..., None], **arrays: np.ndarray) -> bytes:
 
 
 def whole_files(folder: Path) -> dict[str, list[bytes]]:
-    """The bytes of whole files, by kind of file."""
+    """The bytes of undamaged files, by kind of file."""
     run = make_run(folder / "run")
     export_weights(run, None, folder / "weights.safetensors")
     state = io.BytesIO()

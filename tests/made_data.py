@@ -1,4 +1,4 @@
-"""Small made data sets in the published formats, and a server for them."""
+"""Small synthetic data sets in the published formats, and a server for them."""
 
 import gzip
 import hashlib
@@ -37,7 +37,7 @@ from runtime.errors import UserError
 
 
 class Server:
-    """Serves `files` on the loopback interface, `cut` and `stalled` ones only up to the middle."""
+    """Serves `files` on the loopback interface; those `cut` or `stalled` only up to the middle."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""Processes that share work, forked off the test's own and joined as torchrun joins them."""
+"""Processes that share work, forked from the test's process and connected as torchrun does it."""
 
 import os
 import traceback
@@ -14,7 +14,7 @@ from runtime.distributed import Ranks, joined_ranks
 
 
 def in_processes(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What `work` returns in each of `count` processes, by rank; uses the current folder."""
+    """The results of `work` in each of `count` processes, by rank; uses the current folder."""
     processes = []
     for rank, environment in enumerate(rank_environments(count)):
         process = os.fork()

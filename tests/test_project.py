@@ -1,4 +1,4 @@
-"""The house: requirements, the order of the rooms, sizes of modules, and the options' help."""
+"""The project as a whole: requirements, order of imports, sizes of modules, help of options."""
 
 import ast
 import os
@@ -108,7 +108,7 @@ def test_no_package_index_is_named(name: str) -> None:
     assert re.findall(r"https?://|--(?:extra-)?index-url|--find-links|(?m:^-[if] )", text) == []
 
 
-# --- The rooms ---
+# --- The order of imports between rooms (packages, and files of the root) ---
 
 # From the top to the bottom; a module imports only from its own room and those below.
 ORDER = [
@@ -128,7 +128,7 @@ LEVELS = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
 def room_of(name: str) -> str:
-    """The room that a dotted module name belongs to."""
+    """The room (package, or file of the root) that a dotted module name belongs to."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "ladder_vae" else parts[0]
 

@@ -1,6 +1,6 @@
-"""The tables of what benchmarks/ measured, as Markdown.
+"""Markdown tables of the benchmarks' measurements.
 
-Each function takes the content of a file that a benchmark wrote to results/.
+Each table's function takes the content of files that a benchmark wrote to results/.
 """
 
 import re
@@ -51,7 +51,7 @@ def measured_table(
 
 
 def number(value: float) -> str:
-    """Three significant digits, all digits of large numbers, and no exponent."""
+    """A number with three significant digits, or as an integer from 100 on; no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -82,7 +82,7 @@ def places(measured: Iterable[Results]) -> str:
 
 
 def durability_table(measured: Results) -> str:
-    """What training survived in benchmarks/durability.py."""
+    """The results of benchmarks/durability.py."""
     rows = [
         [title, str(measured[name]["survived"]), _outcome(measured[name])]
         for name, title in INTERRUPTIONS.items()
@@ -104,7 +104,7 @@ def _outcome(found: Results) -> str:
 
 
 def recipes_table(runs: Sequence[Results]) -> str:
-    """Recipes for a short budget, compared in a small setting by benchmarks/recipes.py."""
+    """Recipes for a short time budget, which benchmarks/recipes.py compared on a small ladder."""
     found = sorted((run for run in runs if "iw" in run), key=lambda run: run["iw"]["100"])
     rows = []
     for run in found:
@@ -131,7 +131,7 @@ def deep_recipes_table(runs: Sequence[Results]) -> str:
 
 
 def _recipe_options(run: Results) -> str:
-    """The options that are not the same for all recipes; they begin with the learning rate."""
+    """The options in which recipes differ, which start with the learning rate."""
     options = run["options"]
     return f"`{' '.join(options[options.index('--lr') :])}`" if "--lr" in options else "defaults"
 
@@ -152,7 +152,7 @@ def training_table(cases: Sequence[Results]) -> str:
     """Time and memory of a training step, as benchmarks/training.py measured it."""
     rows = []
     for lines, name, found, head in _benchmark_lines(cases):
-        # The convolutions are timed without compilation and CUDA graph.
+        # Convolutions are timed without compilation and without a CUDA graph.
         options = re.sub(r"(\+compile|\+graph)*$", "", name.partition("/")[2]) or "float32"
         row = [*head, *(number(found[key]) for key in ("images_per_second", "ms_per_step"))]
         row.append(ratio(lines.get("plain"), found, "ms_per_step"))
@@ -178,7 +178,7 @@ def evaluation_table(cases: Sequence[Results]) -> str:
 def _benchmark_lines(
     cases: Iterable[Results],
 ) -> Iterator[tuple[Results, str, Results, list[str]]]:
-    """For each line of each case: all lines of its case, its name, its numbers, its first cells."""
+    """For each line of each case: the case's lines, the line's name, results and first cells."""
     for case in cases:
         for name, found in case["lines"].items():
             head = [f"`{case['preset']}`", str(case["batch_size"]), line_title(name)]
@@ -251,7 +251,7 @@ def parallel_table(measured: Results) -> str:
 
 
 def communication_table(measured: Results) -> str:
-    """What processes exchange at each step beside what they compute, counted."""
+    """The bytes that processes exchange at each step, and the operations that they compute."""
     rates = measured["assumed"]["bytes_per_second"]
     speed = measured["assumed"]["multiply_adds_per_second"]
     rows = []

@@ -25,14 +25,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="run folder, folder of an evaluation, or metrics.json",
+        help="run folder (its newest evaluation), folder of an evaluation, or metrics.json",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(),
         metavar="FOLDER",
-        help="folder of comparison.md and comparison.csv (default: the current folder)",
+        help="where to write comparison.md and comparison.csv (default: the current folder)",
     )
     return parser.parse_args(argv)
 

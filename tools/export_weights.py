@@ -23,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--checkpoint", default="last", metavar="STEP", help="a step, best or last (default: last)"
+        "--checkpoint", default="last", metavar="STEP", help="step, best or last (default: last)"
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", required=True, help="file to write, .safetensors"

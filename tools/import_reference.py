@@ -1,4 +1,4 @@
-"""Import weights that were trained with the original implementation, the reference.
+"""Import weights that were trained with the original implementation (the "reference").
 
     python -m tools.import_reference WEIGHTS --out RUN [the options it was trained with]
 
@@ -50,7 +50,7 @@ _PREFIX = "state/"  # of the weights' names in an .npz file
 
 
 def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
-    """The configuration of a network that is given by the reference's constructor arguments."""
+    """The configuration that corresponds to the reference's constructor arguments."""
     values = {ours: case[theirs] for theirs, ours in _NAMES.items() if theirs in case}
     values["dropout"] = case.get("dropout") or 0.0
     values["initial_downscaling"] = not case.get("no_initial_downscaling", False)
@@ -60,7 +60,7 @@ def config_from_case(case: Mapping[str, Any]) -> LadderConfig:
 def from_reference(
     case: Mapping[str, Any], state_dict: Mapping[str, Any]
 ) -> tuple[LadderModel, LadderGuide]:
-    """A pair with the reference's weights.
+    """A model and guide with the reference's weights.
 
     Args:
         case: the reference's constructor arguments (`color_ch`, `z_dims`, `img_shape`, ...).
@@ -76,7 +76,7 @@ def from_reference(
 def load_reference_state(
     model: LadderModel, guide: LadderGuide, state_dict: Mapping[str, Any]
 ) -> None:
-    """Copy the reference's state dict into a pair of the same architecture."""
+    """Copy the reference's state dict into a model and guide of the same architecture."""
     for name, tensor in reference_tensors(model, guide, state_dict.keys()).items():
         value = torch.as_tensor(state_dict[name])
         if value.shape != tensor.shape:
@@ -103,9 +103,7 @@ def reference_tensors(
     for name in sorted(tensors.keys() - set(names)):
         raise UserError(f"the reference's weights lack {name}; {_ADVICE}")
     for name in sorted(set(names) - tensors.keys()):
-        raise UserError(
-            f"the network with these options has no place for the weights {name}; {_ADVICE}"
-        )
+        raise UserError(f"the network with these options has no weights {name}; {_ADVICE}")
     return tensors
 
 
@@ -126,7 +124,7 @@ def _modules(model: Any, guide: Any) -> Iterable[tuple[str, nn.Module]]:
             yield from _merge(f"{prefix}.merge.layer", posterior.merge)
         if layer.skip is not None:
             yield from _merge(f"{prefix}.skip_connection_merger.layer", layer.skip)
-    # The reference numbers its bilinear upsampling, if there is one, as the first block.
+    # In the reference, bilinear upsampling counts as the first block, if there is any.
     offset = 0 if isinstance(model.decoder.upsample, nn.Identity) else 1
     yield from _blocks("final_top_down", model.decoder.blocks, offset)
     yield "likelihood.parameter_net", model.likelihood.conv
@@ -210,7 +208,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=at_least(0),
         default=0,
         metavar="N",
-        help="training steps that the weights have seen (default: 0)",
+        help="number of steps that the weights were trained for (default: 0)",
     )
     add_options(parser)
     return parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
     python -m tools.import_weights mnist-12.safetensors --out runs/mnist-12-published
 
-evaluate.py computes the same values for it as for the original run. Training cannot be resumed.
+evaluate.py computes the same metrics for it as for the original run. Training cannot be resumed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from runtime.errors import run_command
 
 
 def import_weights(path: Path, folder: Path) -> Run:
-    """Make a run folder from an exported file; raises `UserError` if that is invalid."""
+    """Make a run folder from an exported file; raises `UserError` if the file is invalid."""
     description, weights = read_published(path)
     described = Run.from_description(folder, description, path)
     ladder = FreeBitsELBO()(*build_ladder(described.config.ladder, described.image_shape))

@@ -1,4 +1,4 @@
-"""Complete images of which a part is missing.
+"""Complete images with missing pixels.
 
     python -m tools.inpaint RUN --mask bottom
     python -m tools.inpaint RUN --mask mask.png --chains 4 --sweeps 200
@@ -36,14 +36,13 @@ from runtime.files import writing
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m tools.inpaint",
-        description="Complete images of which a part is missing, by draws from p(x_mis | x_obs).",
+        description="Hide a part of images, and complete them by draws from p(x_mis | x_obs).",
     )
     add_ladder_options(parser)
     parser.add_argument(
         "--mask",
         required=True,
-        help=f"the missing part: {', '.join(MASKS)}, or an image file whose white pixels are "
-        "missing",
+        help=f"the part to hide: {', '.join(MASKS)}, or an image file whose white pixels mark it",
     )
     parser.add_argument(
         "--limit",
@@ -106,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = read_mask(arguments.mask, (height, width)).to(ladder.device)
         images = ladder.images(arguments.split, arguments.data_dir)
         index = choose_images(images, arguments.limit, arguments.seed)
-        # Images that are binarized at each reading need the seed too.
+        # Images that are binarized each time they are read need the seed, too.
         generator = torch.Generator(images.device).manual_seed(arguments.seed)
         x = images.batch(index.to(images.index_device), generator)
-        with writing(folder):  # before the chains, which take a while
+        with writing(folder):  # fail now rather than after the chains, which take a while
             folder.mkdir(parents=True, exist_ok=True)
         completions = complete(
             ladder,

@@ -2,7 +2,7 @@
 
     python -m tools.readme_tables
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, where NAME is a key of `TABLES`.
+Each table is between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
 """
 
 import json
@@ -46,7 +46,7 @@ def bound(metrics: Metrics, key: str) -> str:
 
 
 def likelihood_table() -> str:
-    """The published results, each followed by ours if there is one."""
+    """The published results, each followed by our result if there is one."""
     runs = []
     for row in read("reference.json")["rows"]:
         published = {"step": 0, "kl_per_layer": []} | row | {"n_images": row["n_images"] or 0}
@@ -54,12 +54,12 @@ def likelihood_table() -> str:
         if (RESULTS / row["preset"] / "metrics.json").exists():
             runs.append(Scored("this project", evaluation(row["preset"])))
     table = columns(runs, ("data", "layers", "run", "bounds", "minutes", "seed", "origin"))
-    # Nothing is bold: it would always be the deepest ladder of a data set.
+    # Nothing is bold: the best bound would always be that of a data set's deepest ladder.
     return tables.markdown([replace(column, best=frozenset()) for column in table])
 
 
 def bounds_table(folder: str) -> str:
-    """The bounds of an evaluation, whether they are tight, and where they come from."""
+    """The bounds of an evaluation, with their provenance and a warning if they are loose."""
     metrics = evaluation(folder)
     notes = [f"{metrics.n_images:,} test images, measured on {origin(metrics)}."]
     share = metrics.pareto_k["share_above_0.7"] or 0
@@ -72,7 +72,7 @@ def bounds_table(folder: str) -> str:
 
 
 def learning_table() -> str:
-    """The same small network after the same number of steps, here and in the reference."""
+    """The bounds of the same small network, trained here and by the reference."""
     rows = []
     for steps, reference in read("reference.json")["small_static_mnist"].items():
         subset = reference.get("elbo_of_the_images_with_bounds")
@@ -94,7 +94,7 @@ def _learned(folder: Path) -> list[str]:
 
 
 def pretrained_table() -> str:
-    """The weights in pretrained/ and the commands that verify their bounds; or nothing."""
+    """The weights in pretrained/ and the commands that verify their bounds; empty without any."""
     names = [path.stem for path in sorted(PRETRAINED.glob("*.safetensors"))]
     if not names:
         return ""
@@ -113,7 +113,7 @@ def pretrained_table() -> str:
 
 
 def presets_table() -> str:
-    """The presets and the size of their networks; `-fast` recipes share a row's network."""
+    """The presets and the sizes of their networks, without the `-fast` presets."""
     rows = []
     for name, options in PRESETS.items():
         if name.removesuffix("-fast") in ROWS and name not in ROWS:
@@ -158,7 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def pages() -> list[Path]:
-    """The pages that people read."""
+    """The pages that contain tables."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.report runs/mnist-12
 
-Works during training and after it.
+Can be called during training and after it.
 """
 
 import argparse

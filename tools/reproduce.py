@@ -4,19 +4,19 @@
     python -m tools.reproduce cifar10-15 --minutes 20 --samples 1 100 --dry-run
 
 Trains the row's network with its `-fast` preset, evaluates all test images with 1, 100 and 1,000
-samples (for CelebA the `valid` images, as in the original), draws the pictures and exports the
-weights:
+samples (for CelebA the `valid` images, as the original implementation does), draws the pictures and
+exports the weights:
 
     FOLDER/run/                                               the run, as train_svi.py writes it
     FOLDER/metrics.json, per_image.npz, *.png, report.html    as evaluate.py writes them
     FOLDER/weights.safetensors                                as tools.export_weights writes it
 
-The minutes are for training, including evaluations during training; the final evaluation comes on
-top. A warm-up measures the rate of training steps, and the number of steps is chosen to leave 5% of
-the minutes for evaluations and checkpoints. The same command resumes an interrupted one: training
-continues from the newest checkpoint, and the evaluation from its progress file. Exit codes: 0 when
-the row is complete, 128 + N after signal N, 1 if training diverged, 2 for a mistake in the command
-or the files.
+--minutes is the time for training, including evaluations during training but not the final
+evaluation. A warm-up measures the rate of training steps, and the number of steps is chosen to
+leave 5% of the minutes for evaluations and checkpoints. The same command resumes an interrupted
+one: training continues from the newest checkpoint, and the evaluation from its progress file. Exit
+codes: 0 when the row is complete, 128 + N after signal N, 1 if training diverged, 2 for a mistake
+in the command or the files.
 """
 
 import argparse
@@ -62,11 +62,11 @@ from runtime.device import choose_device, keep_freed_memory
 from runtime.errors import UserError, run_command
 from runtime.files import read_json, remove_partial_files
 
-# --minutes or --steps determines the length.
+# A preset's length is removed, because --minutes or --steps determines the length.
 _LENGTHS = {"epochs": 0, "max_minutes": 0.0}
-# Evaluations during training, and minutes between checkpoints.
+# The number of evaluations during training, and the minutes between checkpoints.
 _EVALUATIONS, _CHECKPOINT_MINUTES = 10, 2.0
-# So many steps that the learning rate of the warm-up stays at its initial value.
+# During the measurement the run is so long that its learning rate does not decay.
 _ENDLESS = 2**40
 
 
@@ -76,9 +76,9 @@ def preset_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def fitted_config(options: dict[str, Any], steps: int) -> RunConfig:
-    """The configuration of a run of so many steps, with intervals that suit its length.
+    """The configuration of a run of `steps` steps, with intervals that suit its length.
 
-    Intervals that `options` has stay; learning-rate warm-up takes at most a tenth of the run.
+    Intervals in `options` take precedence. Learning-rate warm-up takes at most a tenth of the run.
     """
     config = config_of(options | {"steps": steps})
     intervals: dict[str, Any] = {
@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> tuple[Traine
     config = config_of(preset_options(arguments) | {"steps": _ENDLESS})
     trainer, _ = train_svi.begin(config, None, device=device, data_dir=arguments.data_dir)
     trainer.loss_fn.train()
-    print(f"measures the rate of training steps for {arguments.measure:g} seconds", flush=True)
+    print(f"measuring the rate of training steps for {arguments.measure:g} seconds", flush=True)
     rate = measured_rate(trainer.take_step, idle_clock(device), arguments.measure)
     print(
         f"rate        {rate.steps_per_second:.3g} steps/s of {config.batch_size} images on "
@@ -156,7 +156,7 @@ def evaluation_minutes(arguments: argparse.Namespace, trainer: Trainer) -> float
 
 
 def dry_run(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Print how many steps fit, and how long everything would take."""
+    """Print how many steps fit, and how long training and evaluation would take."""
     trainer, rate = measure(arguments, device)
     given = arguments.minutes is None
     steps = arguments.steps if given else fitted_steps(arguments.minutes, rate)
@@ -202,7 +202,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> int:
 
 
 def is_trained(run: Run, steps: int) -> bool:
-    """Whether the checkpoint and the evaluation after the last step are there."""
+    """Whether the run has the checkpoint and the logged evaluation of its last step."""
     entries = read_entries(run.path / "metrics.jsonl")
     tag = elbo_tag(run.config.held_out_split)
     evaluated = any(entry["step"] == steps and tag in entry for entry in entries)
@@ -229,7 +229,7 @@ def finish(arguments: argparse.Namespace, device: torch.device) -> int:
 
 
 def is_complete(arguments: argparse.Namespace, step: int) -> bool:
-    """Whether the evaluation that is asked for, and the weights, which come last, are there."""
+    """Whether the requested evaluation and the weights, which are written last, exist."""
     metrics: Path = arguments.out / "metrics.json"
     if not (arguments.out / "weights.safetensors").exists() or not metrics.exists():
         return False
@@ -245,7 +245,7 @@ def is_complete(arguments: argparse.Namespace, step: int) -> bool:
 
 
 def positive(text: str) -> float:
-    """The type of an option that is a duration."""
+    """The argparse type of a duration."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be finite and positive")
@@ -267,7 +267,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print how many steps fit and how long the evaluation takes; write nothing",
+        help="print how many steps fit and how long the evaluation would take; write nothing",
     )
     parser.add_argument(
         "--measure",
@@ -302,18 +302,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: LVAE_DATA in the environment, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )
     add_run_options(parser)
     arguments = evaluate.parse(parser, argv)
-    if arguments.split is None:  # CelebA as the original evaluates it
+    if arguments.split is None:  # as the original implementation evaluates CelebA
         arguments.split = "valid" if arguments.row == "celeba-20" else "test"
     check_arguments(arguments)
     return arguments
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raise `UserError` for options that do not belong together."""
+    """Raise `UserError` for options that cannot be combined."""
     given = given_options(arguments)
     for name in _LENGTHS.keys() & given.keys():
         raise UserError(f"{flag(name)} has no effect here: give --minutes or --steps")

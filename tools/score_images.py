@@ -1,4 +1,4 @@
-"""Compute bounds of given images, and how well they separate two sets of images.
+"""Compute bounds for given images, and measure how well they separate two sets of images.
 
     python -m tools.score_images RUN my/pictures
     python -m tools.score_images RUN static_mnist --against my/pictures
@@ -63,8 +63,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="K",
-        help="also compute the bound with the lowest K layers drawn from their priors, and its "
-        "difference from the full bound (default: half of the layers)",
+        help="also compute the bound with the lowest K layers drawn from their priors, and the "
+        "log-likelihood ratio to it (default: half of the layers)",
     )
     return parse(parser, argv)
 
@@ -89,8 +89,8 @@ class Scores:
 
     images: ImageSet
     labels: Sequence[str] | Sequence[int]  # file names, or numbers in the split
-    columns: Mapping[str, np.ndarray]  # as of `bound_columns`
-    progress: Sequence[ProgressFile]  # to be removed when the scores are saved
+    columns: Mapping[str, np.ndarray]  # from `bound_columns`
+    progress: Sequence[ProgressFile]  # to remove when the scores are saved
 
 
 def score_set(
@@ -106,7 +106,7 @@ def score_set(
     limit: int | None,
     ranks: Ranks,
 ) -> Scores:
-    """The bounds of a set, in full and with each number in `layers` drawn from the prior."""
+    """The bounds of a set: in full, and for each k in `layers` with k layers from their priors."""
     index = choose_images(images, limit, seed)
     scored = {
         k: ladder.score(
@@ -169,7 +169,7 @@ def load_sets(
         for name in names
     ]
     if len({images.name for images, _ in sets}) < len(sets):
-        raise UserError(f"both sets are called {sets[0][0].name}; give another one to --against")
+        raise UserError(f"both sets are called {sets[0][0].name}; give another to --against")
     return sets
 
 

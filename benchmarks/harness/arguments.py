@@ -58,5 +58,5 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         default=Path(os.environ.get("LVAE_DATA", "data")),
-        help="folder of the data sets (default: the environment variable LVAE_DATA, or data/)",
+        help="folder of the data sets (default: $LVAE_DATA, or data/)",
     )

@@ -1,8 +1,8 @@
 """A step's convolutions alone: the lower limit of its time.
 
-`recorded` notes every convolution that PyTorch runs inside it, forward and backward: its shapes,
-strides (the memory layout), precision and which gradients it computes. `Convolutions` runs the same
-ones again in the same order on random numbers, without autograd, activations or sums between them.
+The context `recorded` records every convolution that PyTorch runs in it, forward and backward: its
+shapes, strides (the memory layout), precision, and which gradients it computes. `Convolutions` runs
+them again in the same order on random numbers, without autograd, activations or sums between them.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,8 @@
-"""How a step's time divides among kinds of operations, measured by torch.profiler.
+"""The time of a step by kind of operation, measured by torch.profiler.
 
-Some operations, such as convolutions, are classified by name. A product may belong to a gate or to
-dropout: then the module decides in which it ran. A derivative is classified as its operation is.
+Some operations, such as convolutions, are classified by name. Others, such as products, may belong
+to a gate or to dropout and are classified by the module that ran them. A derivative is classified
+like its operation.
 """
 
 import os

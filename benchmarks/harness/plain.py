@@ -1,8 +1,8 @@
 """A training step in plain PyTorch: a loop over the ladder's modules, without Pyro.
 
-The networks are those of model.py and guide.py. It leaves out everything that Pyro and svi.py add:
-effect handlers, traces, sites, gradient norm, update guard and logging. From the same random state
-it draws the same noise and gives the same losses and gradients.
+The networks are those of model.py and guide.py. The loop does without everything that Pyro and
+svi.py add: effect handlers, traces, sites, gradient norm, update guard and logging. From the same
+random state it draws the same noise and gives the same losses and gradients.
 """
 
 from contextlib import AbstractContextManager, nullcontext

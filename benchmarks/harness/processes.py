@@ -1,7 +1,7 @@
-"""Benchmarks in processes of their own.
+"""Runs each method of a benchmark in its own process.
 
-Each way to compute something runs in a fresh process, so that none uses another's allocator
-settings, compiled code or peak memory. A process waits until it is asked for its next turn.
+So no method is affected by another's allocator settings, compiled code or peak memory. A process
+waits until it is asked for its next turn.
 """
 
 import multiprocessing

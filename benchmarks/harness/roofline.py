@@ -1,4 +1,4 @@
-"""The roofline of a step: the least time that a GPU can take for its operations and bytes.
+"""The roofline of a step: the least time that a GPU needs for its operations and memory traffic.
 
 Every operation of an eager step is counted, forward and backward: the multiplications and
 additions of convolutions (by PyTorch's own formulas), and the bytes that each operation reads and

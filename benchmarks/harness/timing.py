@@ -1,7 +1,4 @@
-"""Times of several ways to compute the same thing, measured in turns.
-
-Whatever else the machine does then slows all of them alike.
-"""
+"""Times of several methods, measured in turns: other load on the machine slows all alike."""
 
 import statistics
 import time

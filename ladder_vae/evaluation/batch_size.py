@@ -1,4 +1,4 @@
-"""The batch size of evaluations."""
+"""The automatic batch size of evaluations."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from ladder_vae.networks import LadderConfig
 
 # On a CPU, passes are fastest if a feature map of the whole batch fits into its caches.
 _CACHE = 16 * 2**20
-# This many images keep a GPU busy; more would only need more memory.
+# As many images as keep a GPU busy; more would only need more memory.
 _LARGEST = 1024
 
 
 def automatic_batch_size(config: LadderConfig, guide: Guide, x: Tensor) -> int:
     """A power of two that suits images like x (1, C, H, W) on their device.
 
-    The noise depends on the batch size, so that must not depend on what else is in memory: on a CPU
-    it depends on the network alone, and on a GPU also on the total memory.
+    The noise depends on the batch size, so the batch size must not depend on what else is in
+    memory: on a CPU it depends on the network alone, and on a GPU also on the GPU's total memory.
     """
     if x.device.type == "cuda":
         total = torch.cuda.get_device_properties(x.device).total_memory

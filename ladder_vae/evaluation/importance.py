@@ -3,11 +3,11 @@
     log p(x) >= E[ log (1/K) sum_k w_k ],   log w_k = log p(x, z_k) - log q(z_k | x),  z_k ~ q
 
 K = 1 is the ELBO; the bound increases with K towards log p(x). The bound at K uses the first K
-samples, so one run with the largest K gives all of them.
+samples, so a single pass with the largest K gives the bounds at all K.
 
-Image-sample pairs go through the network in blocks: a group of images by a chunk of samples. Each
-block seeds its own noise from (seed, group, chunk), so its result does not depend on which process
-computes it, or when.
+Image-sample pairs go through the network in blocks: a group of images times a chunk of samples.
+Each block seeds its own noise from (seed, group, chunk), so its result does not depend on which
+process computes it, or when.
 """
 
 import math
@@ -26,7 +26,7 @@ from ladder_vae.networks.precision import Execution
 from runtime.distributed import Ranks
 from runtime.random import permutation, torch_seed
 
-# The second part of a random key: the purpose of the draw.
+# The second part of a random key names the purpose of the draw.
 _NOISE, _SUBSET, _READING = 0, 1, 2
 
 
@@ -49,7 +49,7 @@ class Bounds:
 
     @classmethod
     def from_table(cls, table: Tensor, samples: Sequence[int]) -> Self:
-        """The bounds from a `table` for the same K."""
+        """The bounds from a `table` that was made for the same `samples`."""
         elbo, log_likelihood, effective_samples, pareto = table[:, :4].unbind(1)
         bounds = table[:, 4 : 4 + len(samples)].unbind(1)
         return cls(
@@ -64,14 +64,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The size of a pass through the network."""
+    """The size of a block: the images and samples of one pass through the network."""
 
     images: int  # in a group
     samples: int  # of each image, in a chunk
 
     @classmethod
     def of(cls, batch_size: int, samples: int) -> Self:
-        """Blocks of at most `batch_size` pairs, with all samples of an image if they fit."""
+        """Blocks of at most `batch_size` pairs, with all samples of an image if that many fit."""
         chunk = min(samples, batch_size)
         return cls(batch_size // chunk, chunk)
 
@@ -124,10 +124,9 @@ class LogWeights:
 class ImportanceSampler:
     """Computes the bounds of the images at `index` (N,), for each K in `samples` (ascending).
 
-    Put model and guide in evaluation mode first. The lowest `from_prior` layers are drawn from
-    their priors (see `LadderGuide`). A group consists of images that are next to each other in the
-    image set, so the order of `index` changes no digit. The networks must have been prepared with
-    `execution`.
+    Put model and guide in evaluation mode and prepare them with `execution` first. The lowest
+    `from_prior` layers are drawn from their priors (see `LadderGuide`). Groups are formed from the
+    sorted `index`, so its order does not change an image's bounds.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class ImportanceSampler:
             return self._bounds(number, self._read(number))
 
     def in_order(self, groups: Iterable[Tensor]) -> Bounds:
-        """The bounds in the order of `index`, from the tables of all groups in order."""
+        """All bounds, in the order of `index`, from the tables of groups 0, 1, ..."""
         table = torch.cat(list(groups))
         ordered = torch.empty_like(table)
         ordered[self._order] = table
@@ -185,7 +184,7 @@ class ImportanceSampler:
     def _read(self, number: int) -> Tensor:
         size = self.blocks.images
         index = self.index[number * size : (number + 1) * size]
-        # Images that are binarized at each reading are part of the noise.
+        # Images that are binarized each time they are read need noise, too.
         generator = torch.Generator(self.images.device)
         generator.manual_seed(torch_seed(self.seed, _READING, number))
         return self.images.batch(index.to(self.images.index_device), generator)
@@ -235,9 +234,9 @@ def importance_weighted_bounds(
 ) -> Bounds:
     """The bounds of the images at `index` (N,), for each K in `samples` (ascending).
 
-    Put model and guide in evaluation mode first. The processes share the groups, and all of them
-    return all bounds. `on_images` is called with the number of images that this process has
-    finished since the last call; all processes call it equally often.
+    Put model and guide in evaluation mode first. The processes share the groups, and each returns
+    all bounds. `on_images` is called with the number of images that this process has finished since
+    the last call, the same number of times in every process.
     """
     sampler = ImportanceSampler(
         model, guide, images, index, samples, batch_size=batch_size, seed=seed
@@ -254,9 +253,9 @@ def importance_weighted_bounds(
 
 
 def random_index(n: int, count: int, seed: int) -> Tensor:
-    """`count` of the numbers below n in random order; all of them in ascending order if count >= n.
+    """`count` random numbers below n, all different; if count >= n, all of them in ascending order.
 
-    Random, because some test sets are sorted by class.
+    They are random because some test sets are sorted by class.
     """
     if count >= n:
         return torch.arange(n)

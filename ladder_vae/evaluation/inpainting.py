@@ -1,17 +1,17 @@
-"""Complete images with missing pixels, by draws from p(x_mis | x_obs).
+"""Completes images with missing pixels by draws from p(x_mis | x_obs).
 
 The method is Metropolis-within-Gibbs as in Mattei and Frellsen (2018), "Leveraging the exact
-likelihood of deep latent variable models", section 3. The state of a chain is the missing pixels
-and the latents. In each sweep, the guide proposes latents given the current completion, which are
-accepted with probability
+likelihood of deep latent variable models", section 3. A chain's state is the missing pixels and the
+latents. In each sweep, the guide proposes latents z' given the current image, which are accepted
+with probability
 
     min(1, w(z'; x) / w(z; x)),  w(z; x) = p(x, z) / q(z | x),  x = (x_obs, x_mis),
 
-and new missing pixels are drawn from p(x_mis | z). Whatever the guide, the chain's stationary
-distribution is p(x_mis, z | x_obs). The warm-up accepts all proposals, which is the pseudo-Gibbs
+and new missing pixels are drawn from p(x_mis | z). The chain's stationary distribution is
+p(x_mis, z | x_obs) for any guide. The warm-up accepts all proposals, which is the pseudo-Gibbs
 sampler of Rezende, Mohamed and Wierstra (2014), "Stochastic backpropagation and approximate
-inference in deep generative models": it inherits the guide's error, but leaves a poor start
-quickly.
+inference in deep generative models": its samples are biased by the guide's error, but it moves away
+from a poor start quickly.
 """
 
 import os
@@ -32,7 +32,7 @@ from runtime.errors import UserError
 from runtime.files import write_atomically
 from runtime.random import torch_seed
 
-# The named masks, as slices of the rows and columns of an image of a given size.
+# The named masks: functions from height and width to the missing rows and columns.
 _AREAS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
     "left": lambda height, width: (slice(None), slice(width // 2)),
     "right": lambda height, width: (slice(None), slice(width // 2, None)),
@@ -49,9 +49,9 @@ MASKS = tuple(_AREAS)
 def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
     """The pixels to complete: bool (H, W), true if a pixel is missing.
 
-    `text` is one of `MASKS` (half of the image, or the middle half in both directions; if the size
-    is odd, left and top are the smaller halves), or an image file of `image_size` (height, width)
-    whose white pixels (at least 128) are missing.
+    `text` is one of `MASKS`, or an image file of `image_size` (height, width) whose white pixels
+    (at least 128) are missing. A named mask is half of the image, or for `centre` the middle half
+    in both directions. If the size is odd, left and top are the smaller halves.
 
     Raises:
         UserError: there is no such mask, it has another size, or it masks no pixel or all of them.
@@ -65,14 +65,14 @@ def read_mask(text: str, image_size: tuple[int, int]) -> Tensor:
         raise UserError(f"the mask {text} masks no pixel: paint the missing ones white")
     if mask.all():
         raise UserError(
-            f"the mask {text} masks every pixel: paint the known ones black; evaluate.py draws "
-            "samples from the prior"
+            f"the mask {text} masks every pixel: paint the known ones black (for samples without "
+            "known pixels, use evaluate.py)"
         )
     return mask
 
 
 def _mask_from_file(path: Path, image_size: tuple[int, int]) -> np.ndarray:
-    if not os.path.isfile(path):  # which raises nothing, whatever the text
+    if not os.path.isfile(path):  # unlike Path.is_file, never raises
         raise UserError(f"there is no mask {path}: give {', '.join(MASKS)}, or an image file")
     levels = read_picture(path)  # (H, W, 1) or (H, W, 3)
     height, width = image_size
@@ -87,7 +87,7 @@ def _mask_from_file(path: Path, image_size: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Completions:
-    """The completions of N images, on the images' device."""
+    """The completions of N images, on the device of the images."""
 
     images: Tensor  # (N, chains, C, H, W), the last state of each chain
     mean: Tensor  # (N, C, H, W), of p(x_mis | z) over chains and sweeps
@@ -97,7 +97,7 @@ class Completions:
 def write_completions(path: Path, index: Tensor, missing: Tensor, completions: Completions) -> None:
     """Write completions as an .npz file; images are uint8, from 0 to 255.
 
-    Its arrays are `image` (N,), the number of each image in the split, `missing` (H, W) bool,
+    Its arrays are `image` (N,), the index of each image in the split, `missing` (H, W) bool,
     `completions` (N, chains, C, H, W), `mean` (N, C, H, W) and `acceptance` (N,).
     """
     arrays: dict[str, Any] = {
@@ -131,16 +131,17 @@ def inpaint(
 
     The missing pixels of x are never read; the known ones are returned unchanged. Each image is
     completed by `chains` independent chains. They start with pixels drawn from the model and take
-    `sweeps` sweeps, of which the first `warmup` (at least one) accept all proposals. The mean
-    averages p(x_mis | z) over the latents at the start of each sweep in the second half, or after
-    the warm-up if that is longer. `batch_size` image-chain pairs go through the network at a time.
-    Put model and guide in evaluation mode first.
+    `sweeps` sweeps, of which the first `warmup` (at least one) accept all proposals. The mean is
+    that of p(x_mis | z) over the latents at the start of each counted sweep. Counted are the sweeps
+    of the second half, or those after the warm-up if the warm-up is longer than the first half.
+    `batch_size` image-chain pairs go through the network at a time. Put model and guide in
+    evaluation mode first.
 
-    Values of a Gaussian likelihood may leave [0, 1] within a chain; they are clamped in the result.
+    With a Gaussian likelihood, values may leave [0, 1] within a chain; the result is clamped.
 
     The noise depends only on `seed` and `batch_size`, and the global random state is not changed.
-    `on_sweep` is called after each sweep with its number of pairs; they add up to
-    N * chains * sweeps.
+    `on_sweep` is called after each sweep of a batch with the number of its pairs; these numbers add
+    up to N * chains * sweeps.
 
     Raises:
         ValueError: there is no chain, no warm-up, or no sweep after it.
@@ -217,9 +218,8 @@ def _draw(
     """One pass of the guide with latents drawn from q(z | x), or `given`."""
     program = guide if given is None else poutine.condition(guide, data=given)
     program(x, features)
-    # Given latents become observed sites, which `get_traces` does not treat as latents. In the
-    # guide's own trace, a latent's distribution is the posterior in both cases, with its prior in
-    # `infer`.
+    # Given latents become observed sites, which `get_traces` does not treat as latents. So read the
+    # guide's own trace: there a latent's `fn` is always the posterior, and `infer` holds its prior.
     sites = {name: site for name, site in guide.trace.nodes.items() if site["type"] == "sample"}
     likelihood = sites["x"]["fn"]
     log_weight = likelihood.log_prob(x)
@@ -233,5 +233,5 @@ def _draw(
 
 
 def _choose(accept: Tensor, proposed: Tensor, present: Tensor) -> Tensor:
-    """The proposed values of the images that accepted them (B,), else the present ones."""
+    """`proposed` for the images that accept it, `accept` (B,), and `present` for the others."""
     return torch.where(accept.view(-1, *[1] * (present.ndim - 1)), proposed, present)

@@ -1,4 +1,4 @@
-"""The interface of a model and guide as evaluation uses them."""
+"""What evaluation needs of a model and a guide."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol

@@ -50,7 +50,7 @@ def sampled_terms(guide: Guide) -> tuple[Tensor, Tensor]:
 def mean_kl(guide: Guide, images: ImageSet, index: Tensor, batch_size: int) -> list[Tensor]:
     """The KL in closed form given z_{>i}, averaged over the images at `index`.
 
-    Returns (z_dims[i], h_i, w_i) for each layer, in nats per image, on the CPU.
+    Returns (Z, h, w) for each layer, bottom to top, in nats per image, on the CPU.
     """
     totals: list[Tensor] = []
     for part in index.split(batch_size):
@@ -64,10 +64,10 @@ def mean_kl(guide: Guide, images: ImageSet, index: Tensor, batch_size: int) -> l
 
 
 def by_channel(kl: list[Tensor]) -> list[Tensor]:
-    """A `mean_kl` summed over positions: (z_dims[i],) for each layer."""
+    """The result of `mean_kl` summed over positions: (Z,) for each layer."""
     return [layer.sum((1, 2)) for layer in kl]
 
 
 def by_position(kl: list[Tensor]) -> list[Tensor]:
-    """A `mean_kl` summed over channels: (h_i, w_i) for each layer."""
+    """The result of `mean_kl` summed over channels: (h, w) for each layer."""
     return [layer.sum(0) for layer in kl]

@@ -14,16 +14,16 @@ from ladder_vae.evaluation.pareto import UNRELIABLE
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomically
 
-# The largest share of images with unreliable weights for which there is no warning.
+# There is a warning if a larger share of the images has unreliable weights.
 _TOLERATED = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The content of a metrics.json; None stands for what is not finite or not known.
+    """The content of a metrics.json; None stands for a value that is not finite or not known.
 
-    Bounds are negative bounds on the log-likelihood in nats: lower is better. Mappings are by
-    "elbo" or the number of samples.
+    Bounds are negative bounds on the log-likelihood in nats: lower is better. The keys of
+    `standard_error` and `bits_per_dim` are "elbo" and the numbers of samples.
     """
 
     elbo: float | None
@@ -50,7 +50,7 @@ class Metrics:
 
     @classmethod
     def from_dict(cls, content: Any) -> "Metrics":
-        """From the content of a metrics.json; raises some error if it is not that."""
+        """From the content of a metrics.json; any exception means that it is something else."""
 
         def numbers(name: str) -> dict[str, float | None]:
             return {key: _float(value) for key, value in (content.get(name) or {}).items()}
@@ -92,12 +92,12 @@ class Metrics:
             ) from None
 
     def bound(self, key: str) -> float | None:
-        """The negative bound in nats of "elbo" or of a number of samples, if it is known."""
+        """The negative bound in nats for "elbo" or a number of samples; None if not known."""
         return self.elbo if key == "elbo" else self.iw.get(key)
 
     @property
     def kl(self) -> float | None:
-        """The KL of all layers in nats."""
+        """The KL in nats, summed over layers; None if a layer's KL is not known."""
         known = [kl for kl in self.kl_per_layer if kl is not None]
         return sum(known) if known and len(known) == len(self.kl_per_layer) else None
 
@@ -111,16 +111,16 @@ def _int(value: Any) -> int | None:
 
 
 def curve_samples(samples: Sequence[int]) -> list[int]:
-    """The K at which the bound is computed for its curve: `samples` and the powers of two below."""
+    """The numbers of samples on the bound's curve: `samples`, and the powers of two below them."""
     powers = {2**i for i in range(samples[-1].bit_length()) if 2**i < samples[-1]}
     return sorted(powers | set(samples))
 
 
 def metrics(bounds: Bounds, samples: Sequence[int], image_shape: Sequence[int]) -> dict[str, Any]:
-    """Summary metrics over the images, for metrics.json: negative bounds in nats, and more.
+    """Summary metrics over the images, for metrics.json. Bounds are negated and in nats.
 
-    `elbo` is the mean over all samples, `iw` the importance-weighted bound by number of samples,
-    and `curve` the same at every K that was computed. `effective_samples` and `pareto_k` summarise
+    `elbo` averages over all samples. `iw` holds the importance-weighted bound at each K in
+    `samples`, and `curve` that at each K in `bounds`. `effective_samples` and `pareto_k` summarise
     the importance weights of all samples.
     """
     per_image = {"elbo": -bounds.elbo}
@@ -166,7 +166,7 @@ def _pareto(k_hat: Tensor) -> dict[str, float] | None:
 def warning(bounds: Bounds, samples: int) -> str | None:
     """A sentence that says why the bound does not approximate the log-likelihood.
 
-    None if it may, or if there are too few samples to say.
+    None if nothing speaks against it, or if there are too few samples to decide.
     """
     bound = bounds.importance_weighted[samples]
     if infinite := int((~bound.isfinite()).sum()):
@@ -189,7 +189,7 @@ def warning(bounds: Bounds, samples: int) -> str | None:
 def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
     """Write per_image.npz: the bounds of each image in nats, not negated.
 
-    `image` (N,) is the number in the split; `elbo`, `log_likelihood`, `effective_samples` and
+    `image` (N,) is the index in the split; `elbo`, `log_likelihood`, `effective_samples` and
     `pareto_k` (nan for too few samples) are (N,); `bound` is (N, len(samples)), with a column for
     each number in `samples`; `kl` is (N, L), bottom to top.
     """
@@ -207,5 +207,5 @@ def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
 
 
 def bits_per_dim(nats: float, image_shape: Sequence[int]) -> float:
-    """An image's log-likelihood in bits per dimension; dimensions are pixels times channels."""
+    """Nats per image converted to bits per dimension; dimensions are pixels times channels."""
     return nats / (math.prod(image_shape) * math.log(2))

@@ -1,9 +1,9 @@
 """Out-of-distribution scores of images, and how well they separate two sets of images.
 
-L is a bound on log p(x), and L^{>k} the looser bound whose lowest k layers are drawn from their
-priors (see `LadderGuide`). The upper layers explain an image like the training data almost as well
-as all layers do; an image that resembles it only in its details needs the lower layers. Hence the
-log-likelihood ratio
+L is a bound on log p(x), and L^{>k} the looser bound for which the lowest k layers are drawn from
+their priors (see `LadderGuide`). If an image is like the training data, the upper layers explain it
+almost as well as all layers do, and L^{>k} is close to L. An image that shares only its details
+with the training data needs the lower layers. Hence the log-likelihood ratio
 
     LLR^{>k} = L - L^{>k}
 
@@ -30,9 +30,9 @@ _RATIO = "llr_above_"
 def bound_columns(bounds: Bounds, above: Mapping[int, Bounds]) -> dict[str, np.ndarray]:
     """Bounds and ratios of N images by name: float64 (N,), in nats.
 
-    `elbo` and, for each number K of samples, `bound_K` are bounds L on log p(x). For each k in
-    `above`, whose bounds must be for the same K, `bound_K_above_k` is L^{>k}, and `llr_above_k` is
-    LLR^{>k} of the bounds at the largest K.
+    `elbo` and, for each number K of samples, `bound_K` are bounds L on log p(x). `above` maps k to
+    the bounds L^{>k} at the same K: `bound_K_above_k` are these, and `llr_above_k` is LLR^{>k} at
+    the largest K.
     """
     columns = {"elbo": bounds.elbo.numpy()}
     columns |= {f"bound_{n}": bound.numpy() for n, bound in bounds.importance_weighted.items()}
@@ -46,9 +46,9 @@ def bound_columns(bounds: Bounds, above: Mapping[int, Bounds]) -> dict[str, np.n
 
 
 def outlier_scores(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scores by the names of `bound_columns`: higher means less like the training data.
+    """Scores of images, by the names of `bound_columns`: higher means less like the training data.
 
-    These are the ratios, and the negated bounds.
+    The scores are the log-likelihood ratios, and the negated bounds.
     """
     return {name: values if is_ratio(name) else -values for name, values in columns.items()}
 
@@ -97,7 +97,7 @@ def roc(inliers: np.ndarray, outliers: np.ndarray) -> Roc:
 
 
 def _standard_error(inliers: np.ndarray, outliers: np.ndarray) -> float | None:
-    """The area's standard error, from the variance of each score's rank in the other set."""
+    """The standard error of the area, from the variance of each set's ranks in the other set."""
     if min(len(inliers), len(outliers)) < 2:
         return None
     of_outliers = _share_below(inliers, outliers)
@@ -123,7 +123,7 @@ def write_scores(
     rows = zip(images, *(values.tolist() for values in columns.values()), strict=True)
 
     def write(file: BinaryIO) -> None:
-        # File names that are not valid text keep their bytes.
+        # File names that are not valid UTF-8 keep their bytes.
         text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
         writer = csv.writer(text)
         writer.writerow(["image", *columns])

@@ -1,4 +1,4 @@
-"""Pareto k-hat: how heavy the upper tail of importance weights is.
+"""Pareto k-hat: a measure of how heavy the upper tail of importance weights is.
 
 Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", JMLR 2024: a
 generalized Pareto distribution is fitted to the largest weights. Its shape k-hat estimates how
@@ -20,9 +20,9 @@ from torch import Tensor
 UNRELIABLE = 0.7
 # The fewest weights that a tail can be fitted to.
 _SHORTEST_TAIL = 5
-# A weak prior pulls the shape of short tails to 0.5, with the strength of this many weights.
+# A weak prior pulls the shape of short tails towards 0.5. It counts as much as this many weights.
 _PRIOR_WEIGHTS, _PRIOR_SHAPE = 10, 0.5
-# Log-weights that are closer than this, in nats, may differ only by rounding.
+# Log-weights whose difference is below this, in nats, may differ by rounding alone.
 _ROUNDING = 0.01
 
 
@@ -43,7 +43,7 @@ def pareto_k(largest: Tensor) -> Tensor:
     weights = (ascending - ascending[:, -1:]).exp()
     excess = weights[:, 1:] - weights[:, :1]  # (N, M), ascending
     shape = generalized_pareto_shape(excess)
-    # As with an exact posterior. Rounding causes ties, which would look like a heavy tail.
+    # Weights of an exact posterior are equal. Ties from rounding would look like a heavy tail.
     same = ascending[:, -1] - ascending[:, 0] < _ROUNDING
     return shape.where(~same, -torch.inf)
 
@@ -62,7 +62,7 @@ def generalized_pareto_shape(excess: Tensor) -> Tensor:
     steps = torch.arange(1, trials + 1, dtype=x.dtype) - 0.5
     b = 1 / x[:, -1:] + (1 - (trials / steps).sqrt()) / (3 * quartile)
     shapes = torch.log1p(-b[:, :, None] * x[:, None, :]).mean(-1)
-    # If the numbers are almost equal, a trial can be 0, which has no shape and is skipped.
+    # If the numbers are almost equal, a trial value can be 0, for which the shape is not defined.
     likelihood = (m * ((-b / shapes).log() - shapes - 1)).nan_to_num(-torch.inf)
     best = (likelihood.softmax(-1) * b).sum(-1, keepdim=True)  # (N, 1)
     shape = torch.log1p(-best * x).mean(-1)

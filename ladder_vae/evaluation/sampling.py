@@ -1,6 +1,6 @@
-"""Samples from a ladder: from its prior, and to show what each layer encodes.
+"""Images from a ladder: samples from its prior, and images that show what each layer encodes.
 
-Images are the means of p(x | z): a draw of x would only add independent noise to each pixel.
+All are means of p(x | z): a draw of x would only add independent noise to each pixel.
 Latents are drawn with the global random generator, which the caller seeds. Put model and guide in
 evaluation mode first.
 """
@@ -84,13 +84,13 @@ def reconstructions(guide: Guide, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_samples(model: Model, layer: int, rows: int, columns: int) -> Tensor:
-    """Images that differ in one layer's latents: means of p(x | z), (rows, columns, C, H, W).
+    """Means of p(x | z) that show what one layer encodes, (rows, columns, C, H, W).
 
-    In each row, the layers above `layer` (1 at the bottom) are drawn once, `layer` is drawn for
-    each column, and the layers below are at the mode of their prior:
+    For each row, the layers above `layer` (1 at the bottom) are drawn once. For each image in it,
+    `layer` is drawn, and the layers below are at the mode of their prior:
 
         z_i ~ p(z_i | z_{>i})  for i > layer, once for each row
-        z_layer ~ p(z_layer | z_{>layer}),  for each column
+        z_layer ~ p(z_layer | z_{>layer})  for each image
         z_i = mode of p(z_i | z_{>i})  for i < layer
 
     At the top layer, all images are independent. Raises `UserError` if there is no such layer.
@@ -113,10 +113,10 @@ def interpolations(model: Model, guide: Guide, ends: Tensor, steps: int) -> Tens
     """Interpolations between two images at each level of the ladder: (L, steps, C, H, W).
 
     `ends` (2, C, H, W) are encoded from the top down, each z_i as the mean of q(z_i | z_{>i}, x)
-    given the means above it. At level i, the latents of layers L ... i are interpolated linearly,
+    given the means above it. At level i, the latents of layers i ... L are interpolated linearly,
     and the layers below are at the mode of their prior. Levels are listed from the top: the first
-    interpolates the top layer alone, and the last, which interpolates all layers, starts and ends
-    with the reconstructions of `ends`. Images are means of p(x | z).
+    interpolates the top layer alone. The last interpolates all layers, so it starts and ends with
+    the reconstructions of `ends`. Images are means of p(x | z).
     """
     depth = len(model.layers)
     with Temperature(0.0):

@@ -1,4 +1,4 @@
-"""Score a whole image set, by one process or several, and resume after an interruption.
+"""Scores a whole image set, in one process or several, and resumes after an interruption.
 
 Each group of images is saved to a progress file as soon as it is finished. A group's results
 depend on nothing but the group (see `importance.py`), so neither an interruption nor the number of
@@ -29,7 +29,7 @@ _HEADER = struct.Struct("<qI")
 
 
 def _checksum(number: int, content: bytes) -> int:
-    """The CRC-32 of a table, starting from the group's number to cover that as well."""
+    """The CRC-32 of a table. It starts from the group's number, so it covers that as well."""
     return zlib.crc32(content, number)
 
 
@@ -61,8 +61,8 @@ def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[s
 class ProgressFile:
     """The finished groups of a scoring, on disk until the scoring is complete.
 
-    Each process appends to its own file, named after `key`. A cut or damaged record ends its file,
-    and the groups after it are computed again.
+    Each process appends to its own file, whose name begins with `key`. Reading a file stops at the
+    first incomplete or damaged record; its group and those after it are computed again.
     """
 
     def __init__(self, folder: Path, key: str, sampler: ImportanceSampler) -> None:
@@ -74,7 +74,7 @@ class ProgressFile:
         """The tables of the finished groups, by the group's number."""
         tables: dict[int, Tensor] = {}
         for path in sorted(self.folder.glob(f"{self.key}.*")):
-            with suppress(OSError):  # what cannot be read is computed again
+            with suppress(OSError):  # groups that cannot be read are computed again
                 tables |= self._records(path.read_bytes())
         return tables
 
@@ -84,7 +84,7 @@ class ProgressFile:
         path = self.folder / f"{self.key}.{uuid.uuid4().hex[:8]}"
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Unbuffered: after a failed write, closing a buffered file would fail as well.
+            # Unbuffered: closing a buffered file after a failed write would fail again.
             file = path.open("xb", buffering=0)
 
         def add(number: int, table: Tensor) -> None:
@@ -163,12 +163,12 @@ def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
         size = sampler.blocks.images * sampler.blocks.samples
         raise UserError(
             f"{size:,} images at a time do not fit into the GPU's memory: give a smaller "
-            "number to --batch-size"
+            "--batch-size"
         ) from None
 
 
 class _RunningBound:
-    """The mean negative bound at the largest K, of the images so far, for the progress bar."""
+    """For the progress bar: the mean negative bound at the largest K over the images so far."""
 
     def __init__(self, sampler: ImportanceSampler, tables: Mapping[int, Tensor]) -> None:
         self.samples = sampler.samples

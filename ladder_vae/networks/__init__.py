@@ -1,3 +1,3 @@
-"""The building blocks of model and guide, and the configuration of their architecture."""
+"""The networks that model and guide are built from, and the configuration of their architecture."""
 
 from ladder_vae.networks.config import LadderConfig as LadderConfig

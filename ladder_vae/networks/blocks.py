@@ -28,7 +28,8 @@ class BlockStyle:
     """The settings that all residual blocks of a ladder share.
 
     `residual_type` lists a block's layers in order: a = activation, b = batch norm,
-    c = 3x3 convolution, d = channel dropout. Without batch norm or dropout its letter is skipped.
+    c = 3x3 convolution, d = channel dropout. If `batchnorm` is false, b is skipped; if `dropout` is
+    0, d is skipped.
     """
 
     channels: int
@@ -101,9 +102,9 @@ def residual_blocks(
     resampled: int = 0,
     direction: Literal["down", "up"] | None = None,
 ) -> nn.Sequential:
-    """`count` residual blocks, with a layer before each of the first `resampled` blocks.
+    """`count` residual blocks, with a resampling layer before each of the first `resampled` ones.
 
-    These layers halve (`direction` "down") or double ("up") height and width.
+    A resampling layer halves (`direction` "down") or doubles ("up") height and width.
     """
     layers: list[nn.Module] = []
     for i in range(count):
@@ -122,7 +123,7 @@ def _resample(channels: int, direction: Literal["down", "up"] | None) -> nn.Modu
 class ParameterConv(nn.Conv2d):
     """A 3x3 convolution to the parameters of a distribution, in single precision under autocast.
 
-    The KL is a small difference of large numbers; with parameters in bfloat16 it is wrong.
+    The KL is a small difference of large numbers, which parameters in bfloat16 would make wrong.
     """
 
     def __init__(self, channels: int, parameter_channels: int) -> None:
@@ -149,10 +150,10 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     dh, dw = x.shape[-2] - size[0], x.shape[-1] - size[1]
     if dh == 0 and dw == 0:
         return x
-    # A slice would give gradients another memory layout than x, and mix layouts in all of backward.
+    # The gradient of a slice has another memory layout than x, which would slow the backward pass.
     return F.pad(x, (-(dw // 2), dw // 2 - dw, -(dh // 2), dh // 2 - dh))
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Number of parameters, counted like the original implementation: a fixed top prior's too."""
+    """Number of parameters; as in the original implementation, a fixed top prior's count too."""
     return sum(p.numel() for m in modules for p in m.parameters())

@@ -9,10 +9,10 @@ from typing import Any, get_args, get_origin
 from ladder_vae.networks.blocks import ACTIVATIONS, MERGE_TYPES, RESIDUAL_TYPES, BlockStyle
 from ladder_vae.networks.likelihoods import LIKELIHOODS
 
-# A check returns whether a value is valid, and describes the valid ones.
+# A function that returns whether a value is valid, and a description of the valid values.
 Check = tuple[Callable[[Any], bool], str]
 
-# Larger networks do not fit into any memory.
+# The upper limits only reject networks that fit into no machine's memory.
 CHANNELS: Check = (lambda value: 1 <= value <= 4096, "at least 1 and at most 4096")
 BLOCKS: Check = (lambda value: 1 <= value <= 64, "at least 1 and at most 64")
 NOT_NEGATIVE: Check = (lambda value: 0 <= value < math.inf, "finite and not negative")
@@ -27,7 +27,7 @@ def setting(
     check: Check | None = None,
     group: str = "network",
 ) -> Any:
-    """A dataclass field with a description, and its valid values for `check_settings`."""
+    """A dataclass field with a help text, and with valid values for `check_settings`."""
     metadata = {"help": help, "choices": tuple(choices), "check": check, "group": group}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -35,7 +35,7 @@ def setting(
 
 
 def check_settings(config: Any) -> None:
-    """Raise `ValueError` for the first `setting` of a dataclass instance with an invalid value."""
+    """Raise `ValueError` for the first `setting` of a dataclass instance that is invalid."""
     for field in dataclasses.fields(config):
         if "check" in field.metadata:
             _check(field, getattr(config, field.name))
@@ -101,7 +101,7 @@ class LadderConfig:
     batchnorm: bool = setting(True, "batch normalisation")
     dropout: float = setting(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = setting(False, "learn the prior of the top layer")
-    initial_downscaling: bool = setting(True, "halve the image at the start of inference")
+    initial_downscaling: bool = setting(True, "halve the image's size before the first layer")
     likelihood: str = setting("bernoulli", "distribution of x given z", choices=tuple(LIKELIHOODS))
 
     def __post_init__(self) -> None:

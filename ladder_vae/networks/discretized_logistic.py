@@ -1,7 +1,7 @@
 """A logistic distribution discretized to the 256 levels of 8-bit images.
 
 Kingma et al. (2016), "Improved Variational Inference with Inverse Autoregressive Flow", use it as
-likelihood of independent pixels.
+the likelihood of independent pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +34,8 @@ class DiscretizedLogistic(TorchDistribution):
         mass(k) = sigmoid(((k + 1)/256 - loc) / scale) - sigmoid((k/256 - loc) / scale)
         log_prob(k/255) = log(mass(k) + 1e-7), in nats
 
-    The constant limits the cost of a value to 16.1 nats; the exponentials of `log_prob` sum to
-    1 + 256e-7 over all levels. Samples and moments are those of the mass itself.
+    The constant keeps `log_prob` above -16.12; because of it, the probabilities of all levels
+    sum to 1 + 256e-7. Samples and moments are those of the mass without the constant.
 
     Args:
         loc: location of the logistic, a real tensor.
@@ -43,8 +43,7 @@ class DiscretizedLogistic(TorchDistribution):
             The two broadcast to the batch shape; the event shape is ().
 
     Raises:
-        ValueError: with `validate_args`, for parameters that are NaN and values that are not
-            levels.
+        ValueError: with `validate_args`, if a parameter is NaN or a value is not a level.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
@@ -100,7 +99,7 @@ class DiscretizedLogistic(TorchDistribution):
         return self._expectation(lambda value: (value - mean) ** 2)
 
     def _expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        # One level at a time, because all at once would take 256 times the memory of an image.
+        # One level at a time: all at once would take 256 times the memory of an image.
         total = torch.zeros_like(self.loc)
         for level in torch.arange(LEVELS, dtype=self.loc.dtype, device=self.loc.device) / LAST:
             total = total + self._mass(level) * function(level)
@@ -108,7 +107,7 @@ class DiscretizedLogistic(TorchDistribution):
 
     @property
     def mode(self) -> Tensor:
-        """The most probable level: that of `loc`, or the first or last if it has more mass."""
+        """The most probable level: the level at `loc`, or the first or last one."""
         inner = (self.loc * LEVELS).floor().clamp(1, LAST - 1) / LAST
         candidates = torch.stack([torch.zeros_like(inner), inner, torch.ones_like(inner)])
         best = self._mass(candidates).argmax(0, keepdim=True)

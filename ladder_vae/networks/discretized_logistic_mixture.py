@@ -1,4 +1,4 @@
-"""A mixture of discretized logistics over the RGB images of 256 levels.
+"""A mixture of discretized logistics over 8-bit RGB images.
 
 Salimans, Karpathy, Chen and Kingma (2017), "PixelCNN++: Improving the PixelCNN with Discretized
 Logistic Mixture Likelihood and Other Modifications", section 2.1.
@@ -30,7 +30,7 @@ def _mean_within(loc: Tensor, log_scale: Tensor) -> Tensor:
     """The mean of a logistic whose mass outside [-1, 1] is moved to the interval's ends.
 
     With s the scale, that is -1 + s (softplus((loc + 1) / s) - softplus((loc - 1) / s)). For large
-    s the difference loses its digits; it equals 1/s + 2 artanh(tanh(loc / 2s) tanh(1 / 2s)).
+    s the difference cancels; there it is computed as 1/s + 2 artanh(tanh(loc / 2s) tanh(1 / 2s)).
     """
     # Beyond e^40 the mean is 0, and the product below would be infinity times zero.
     narrow, wide = log_scale.clamp(max=0).exp(), log_scale.clamp(0, 40).exp()
@@ -81,8 +81,8 @@ class DiscretizedLogisticMixture(TorchDistribution):
         coefficients: (*batch, 3, K, H, W), in [-1, 1]; see above.
 
     Raises:
-        ValueError: for shapes that do not fit together, and with `validate_args` for parameters
-            outside their range and values that are not levels or do not have the event shape.
+        ValueError: if shapes do not fit together, and with `validate_args` if a parameter is
+            outside its range, or a value is not a level or does not have the event shape.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
@@ -128,7 +128,7 @@ class DiscretizedLogisticMixture(TorchDistribution):
             raise ValueError(
                 f"the mixture has 10 channels per component; {channels.shape[-3]} is not a multiple"
             )
-        # Copying a channels-last output once is faster than computing with its strides.
+        # If the output is channels last, one copy is faster than computing with its strides.
         logits, by_colour = channels.contiguous().split([components, 9 * components], dim=-3)
         loc, log_scale, coefficients = by_colour.unflatten(-3, (3, 3, components)).unbind(-4)
         return cls(
@@ -236,10 +236,10 @@ class DiscretizedLogisticMixture(TorchDistribution):
     def mean(self) -> Tensor:
         """An approximate mean in closed form, (*batch, 3, H, W).
 
-        Rounding to levels is neglected, and in each component a colour's mean is conditioned on the
-        means of the previous colours. The latter is exact for red; for green and blue it neglects
-        that the mass on the first and last level varies with the previous colours. The exact mean
-        would be a sum over 256^3 colours.
+        It makes two approximations. Rounding to levels is neglected. And in each component, the
+        mean of green and blue is that given the means of the previous colours, which neglects that
+        the mass on the first and last level varies with those colours. The exact mean would be a
+        sum over 256^3 colours.
         """
         log_scales = self.log_scale.unbind(-4)
 
@@ -253,8 +253,9 @@ class DiscretizedLogisticMixture(TorchDistribution):
     def mode(self) -> Tensor:
         """The centre of each pixel's most probable component, (*batch, 3, H, W).
 
-        Each colour is the level nearest to its location given the previous colours. If components
-        overlap or are very wide, another colour may be more probable.
+        Each colour is the level nearest to its location, given the previous colours. This is only
+        approximately the mode: if components overlap or are very wide, another colour may be more
+        probable.
         """
         loc, _, coefficients = self._of_component(self.logits.argmax(-3, keepdim=True))
         centre = _colours_in_turn(loc, coefficients, lambda loc, _: nearest_level((loc + 1) / 2))

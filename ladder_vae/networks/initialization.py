@@ -20,8 +20,8 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
 
         w <- w std / s,  b <- (b - m) std / s,  with m and s^2 the batch's mean and variance + 1e-5,
 
-    so that its output has mean 0 and standard deviation `std`; later layers receive this output.
-    Run exactly one batch in the context, in training mode. No gradients are recorded.
+    so that its output has mean 0 and standard deviation `std`. Later layers receive the rescaled
+    output. Run exactly one batch in the context, in training mode. No gradients are recorded.
     """
     convolutions = [
         m

@@ -50,13 +50,13 @@ def nearest_level(value: Tensor) -> Tensor:
 
 
 def standard_logistic(like: Tensor) -> Tensor:
-    """Draws from the standard logistic; in single precision one in 2^24 is -inf."""
+    """Draws from the standard logistic; in single precision, one in 2^24 draws is -inf."""
     return torch.rand_like(like).logit()
 
 
-# With s the sigmoid, the mass between a and b is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)). The
-# product loses no digits, however small the mass. Its first two factors are the masses of the
-# open-ended bins below b and above a.
+# With s the sigmoid, the mass between a and b is s(b) - s(a) = s(b) s(-a) (1 - exp(a - b)). Unlike
+# the difference, the product is accurate however small the mass is. Its first two factors are the
+# masses below b and above a, which are those of the open-ended first and last bin.
 
 
 def bin_mass(centre: Tensor, half: Tensor, value: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def log_bin_mass(centre: Tensor, half: Tensor, value: Tensor) -> Tensor:
     """The logarithm of `bin_mass`, also if `bin_mass` underflows."""
     below_upper = F.logsigmoid(half + centre)
     above_lower = F.logsigmoid(half - centre)
-    # For extremely large scales the width underflows; its logarithm must stay finite.
+    # For extremely large scales the width underflows to 0; its logarithm must stay finite.
     width = (2 * half).clamp(min=torch.finfo(half.dtype).tiny)
     inner = below_upper + above_lower + (-torch.expm1(-width)).log()
     return _open_ended(inner, below_upper, above_lower, value)

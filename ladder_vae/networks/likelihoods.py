@@ -33,7 +33,7 @@ class Bernoulli(_Head):
 class Gaussian(_Head):
     """Independent Normal pixels, with mean and log-variance per pixel and channel.
 
-    This is a density: a bound on it is not a bound on the likelihood of 8-bit images.
+    Its log-probability is a density, so bounds cannot be compared with those of 8-bit likelihoods.
     """
 
     def __init__(self, channels: int, image_channels: int) -> None:
@@ -47,7 +47,8 @@ class Gaussian(_Head):
 class DiscretizedLogisticHead(_Head):
     """Independent 8-bit pixels, discretized logistic with location and log-scale per channel.
 
-    Convolution outputs u, v give location 0.5 + u and log-scale max(v - 1, -7): zeros mean grey.
+    Convolution outputs u and v give the location 0.5 + u and the log-scale max(v - 1, -7), so that
+    an output of zero is mid-grey.
     """
 
     def __init__(self, channels: int, image_channels: int) -> None:

@@ -1,8 +1,8 @@
 """Execution of the networks: precision, memory layout and compilation.
 
-These settings change results only by rounding. With "bf16" the feature maps are in bfloat16. Prior,
-posterior and likelihood parameters come from convolutions in single precision
-(`blocks.ParameterConv`), so latents, log-probabilities and KL are in single precision too.
+These settings change results only by rounding. With "bf16", feature maps are in bfloat16, but the
+parameters of priors, posteriors and likelihood come from convolutions in single precision
+(`blocks.ParameterConv`). Latents, log-probabilities and KL are therefore in single precision too.
 """
 
 import sys
@@ -16,7 +16,7 @@ from ladder_vae.networks.blocks import ResidualBlock
 
 PRECISIONS = ("float32", "tf32", "bf16")
 COMPILE = ("auto", "yes", "no")
-# A limit on recompilations: one per shape of feature maps, in training and in evaluation.
+# The limit on recompilations: each shape of feature map needs one in training and in evaluation.
 _SHAPES = 64
 
 
@@ -27,7 +27,8 @@ class Execution:
     Args:
         precision: "float32"; "tf32", with which a GPU's convolutions round their inputs to 10 bits
             of mantissa; or "bf16".
-        channels_last: store the channels of a position together, as fast kernels expect.
+        channels_last: store the channels of a position next to each other, which the convolutions
+            of oneDNN and cuDNN are optimised for.
         compile: compile the residual blocks, in place.
     """
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-_WIDTH, _HEIGHT, _DPI = 8.0, 4.5, 100  # inches, and pixels per inch: text is as large as a page's
+_WIDTH, _HEIGHT, _DPI = 8.0, 4.5, 100  # inches, and pixels per inch
 # The text and the axes: a grey that is legible on white and on black.
 INK = "#6f757d"
 BLUE, ORANGE = "#3f83cc", "#d9812b"
@@ -52,13 +52,13 @@ def new_chart(
 
 def write_figure(path: Path, figure: "Figure") -> None:
     """Write a figure as a PNG file."""
-    # Without matplotlib's version.
+    # No matplotlib version in the file: it would differ between machines.
     metadata = {"Software": None}
     write_atomically(path, lambda file: figure.savefig(file, format="png", metadata=metadata))
 
 
 def draw_kl_by_layer(path: Path, kl: Sequence[float]) -> None:
-    """Draw a bar for each layer's KL in nats; `kl` is listed from the bottom layer, as drawn."""
+    """Draw a bar for each layer's KL in nats, bottom to top as in `kl`."""
     depth = len(kl)
     title = f"KL by layer: {sum(kl):.2f} nats in total"
     figure, axes = new_chart(title, "nats per image", "", height=1.4 + 0.3 * depth)
@@ -67,7 +67,7 @@ def draw_kl_by_layer(path: Path, kl: Sequence[float]) -> None:
     layers = range(1, depth + 1)
     axes.set_yticks(layers, [layer_name(i, depth) for i in layers])
     axes.grid(visible=False, axis="y")
-    # With room for the labels of the bars. The axis starts at 0 even if all KLs are 0.
+    # Leave room for the labels of the bars. The axis starts at 0 even if all KLs are 0.
     axes.set_xlim(min(0.0, *kl), 1.1 * max(0.1, *kl))
     write_figure(path, figure)
 
@@ -105,7 +105,7 @@ def draw_bound(
 
 
 def _spaced(samples: Sequence[int]) -> list[int]:
-    """The ascending numbers among `samples` whose labels have room on a logarithmic axis."""
+    """Those of the ascending `samples` whose labels do not overlap on a logarithmic axis."""
     least = (samples[-1] / samples[0]) ** (1 / 12)
     kept: list[int] = []
     for k in samples:
@@ -115,7 +115,7 @@ def _spaced(samples: Sequence[int]) -> list[int]:
 
 
 def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float = 0.7) -> None:
-    """Draw a histogram of k-hat (N,) over images, and report the share above `threshold`.
+    """Draw a histogram of k-hat (N,) over images; its title gives the share above `threshold`.
 
     Images without a k-hat (nan) are not counted.
     """
@@ -134,7 +134,7 @@ def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float = 0.7) 
 def draw_roc(
     path: Path, curves: Mapping[str, tuple["ArrayLike", "ArrayLike", float]], *, title: str
 ) -> None:
-    """Draw ROC curves, by the name of the score.
+    """Draw the ROC curves of several scores, by name.
 
     A curve consists of its false positive rates, its true positive rates (both ascending from 0 to
     1) and the area under it, the AUROC.

@@ -1,7 +1,7 @@
-"""Compare several evaluations in one table.
+"""Compares several evaluations in one table.
 
-They are read from the metrics.json files that evaluate.py wrote. Bounds are negative bounds on the
-log-likelihood in nats: lower is better.
+Evaluations are read from the metrics.json files that evaluate.py wrote. Bounds are negative bounds
+on the log-likelihood in nats: lower is better.
 """
 
 import csv
@@ -65,7 +65,7 @@ def evaluation_folder(run: Path, step: int, split: str) -> Path:
 
 
 def evaluation_folders(run: Path) -> list[Path]:
-    """The folders of a run's evaluations, by ascending step; the test set comes last of a step."""
+    """The folders of a run's evaluations, by ascending step; for each step, test comes last."""
     others = "|".join(re.escape(split) for split in datasets.SPLITS if split != "test")
     found = []
     for file in run.glob("eval/*/metrics.json"):
@@ -76,7 +76,7 @@ def evaluation_folders(run: Path) -> list[Path]:
 
 
 def _metrics_file(path: Path) -> Path:
-    """The metrics.json that a path on the command line stands for."""
+    """The metrics.json that a path on the command line refers to."""
     if path.is_file():
         return path
     if (path / "metrics.json").is_file():
@@ -96,7 +96,8 @@ def _metrics_file(path: Path) -> Path:
 
 def same_images(runs: Sequence[Scored]) -> list[str]:
     """A description of each run's images; equal descriptions mean the same images."""
-    # Files without a limit are of the whole split if another file says that it has as many images.
+    # A file without a limit is of the whole split if it has as many images as another file that
+    # says so.
     whole = {_images(run.metrics) for run in runs if run.metrics.limit is None}
     return [_describe_images(run.metrics, _images(run.metrics) in whole) for run in runs]
 
@@ -108,7 +109,7 @@ def _images(metrics: Metrics) -> tuple[str, str, int]:
 def _describe_images(metrics: Metrics, is_whole: bool) -> str:
     words = [metrics.dataset] if metrics.split == "test" else [metrics.dataset, metrics.split]
     if not is_whole:
-        # The seed chose them.
+        # The random seed of the evaluation chose these images.
         seed = f" of seed {metrics.seed}" if metrics.seed else ""
         words.append(f"{metrics.n_images:,} images{seed}")
     return ", ".join(words)
@@ -118,9 +119,9 @@ def _describe_images(metrics: Metrics, is_whole: bool) -> str:
 
 
 def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Column]:
-    """The columns called `names`, in that order, without the empty ones.
+    """The columns called `names`, in that order; empty columns are skipped.
 
-    The names are those of `COLUMNS`; `seed` is that of the training, `options` stands for the
+    The names are those of `COLUMNS`; `seed` is the random seed of the training, `options` stands for the
     training options that differ.
     """
     images = same_images(runs)
@@ -139,7 +140,7 @@ def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Colu
 
 
 def _bound_keys(runs: Sequence[Scored]) -> list[str]:
-    """ "elbo" and every number of samples that any run has, ascending."""
+    """The keys of the bounds that any run has: "elbo", then the numbers of samples, ascending."""
     samples = {k for run in runs for k in run.metrics.iw}
     return ["elbo", *sorted(samples, key=int)]
 
@@ -148,7 +149,7 @@ def _bound_column(runs: Sequence[Scored], key: str, images: Sequence[str]) -> Co
     values = [run.metrics.bound(key) for run in runs]
     best = set()
     for group in set(images):
-        # Bounds that look the same in the table are equally good.
+        # Bounds are equally good if the table shows the same digits.
         shown = {
             row: round(value, _decimals(value))
             for row, value in enumerate(values)
@@ -201,7 +202,7 @@ def _place(provenance: dict[str, Any]) -> str:
     return ", ".join(str(word) for word in known if word)
 
 
-# By name: the column's header, its cells, and whether these are numbers.
+# By name: the column's header, a function that returns a cell, and whether the cells are numbers.
 _CELLS: dict[str, tuple[str, Callable[[Scored], str], bool]] = {
     "run": ("run", lambda run: run.name, False),
     "layers": ("layers", lambda run: number(run.metrics.layers, ","), True),
@@ -219,7 +220,7 @@ _CELLS: dict[str, tuple[str, Callable[[Scored], str], bool]] = {
 
 
 def comma_separated(runs: Sequence[Scored]) -> str:
-    """The metrics as CSV, one row per run: unrounded numbers, and nothing for unknown ones."""
+    """The metrics as CSV, one row per run: numbers are not rounded, unknown ones are empty."""
     rows = [_record(run, _bound_keys(runs)) for run in runs]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

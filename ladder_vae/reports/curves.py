@@ -14,7 +14,7 @@ from ladder_vae.runs.metrics_log import Entry, held_out_split
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Longer curves are averaged over as many intervals as this.
+# Curves with more points than this are averaged over at most as many intervals.
 _POINTS = 300
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -79,7 +79,7 @@ def _elbo_chart(entries: Sequence[Entry], split: str | None) -> Chart | None:
 
 
 def _kl_chart(entries: Sequence[Entry], split: str | None) -> Chart | None:
-    """KL by layer, of the held-out images if they were evaluated twice, else of training."""
+    """KL by layer: of held-out images if they were evaluated at least twice, else of training."""
     chosen: list[Curve] = []
     source = ""
     for group, name in (("train_kl", "training images"), (f"{split}_kl", f"{split} images")):
@@ -109,7 +109,7 @@ def _drawn(
     zoomed: bool = False,
     layers: bool = False,
 ) -> bytes:
-    """An SVG of curves over steps; the colours of `layers` are in order, bottom to top."""
+    """An SVG of curves over steps; if the curves are `layers`, their colours are in order."""
     from matplotlib.ticker import EngFormatter  # takes a second to import
 
     figure, axes = new_chart("", "step", unit, width=5.2, height=3.1)
@@ -130,7 +130,7 @@ def _drawn(
 
 
 def _add_legend(figure: "Figure", labels: Sequence[str], *, layers: bool) -> None:
-    """A legend beside the curves of layers, the top one first; above other curves."""
+    """Add a legend: beside curves of layers, with the top layer first, or above other curves."""
     lines = figure.axes[0].lines
     plain: dict[str, Any] = {"frameon": False, "labelcolor": INK, "fontsize": "small"}
     if not layers:
@@ -144,7 +144,7 @@ def _add_legend(figure: "Figure", labels: Sequence[str], *, layers: bool) -> Non
 
 
 def _svg(figure: "Figure") -> bytes:
-    """The chart on a transparent ground; the same bytes each time."""
+    """The chart on a transparent background; the same chart gives the same bytes."""
     import matplotlib
 
     content = io.BytesIO()
@@ -164,7 +164,7 @@ def _shades(count: int) -> list[Any]:
 
 
 def _without_the_beginning(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits of the axis that skip the first tenth of the steps, where values are far larger."""
+    """Limits of the vertical axis, without the high values in the first tenth of the steps."""
     end = max(curve.steps[-1] for curve in curves)
     later = [
         value

@@ -34,11 +34,11 @@ from ladder_vae.reports.tables import layer_name
 from runtime.random import torch_seed
 
 _SAMPLES, _RECONSTRUCTIONS, _GRID, _STEPS, _KL_IMAGES = 64, 32, 8, 10, 1000
-# The rows of layers.png altogether: a deep ladder has one row per layer, a shallow one several.
+# About the total number of rows in layers.png: each layer of a shallow ladder has several rows.
 _ROWS_OF_OVERVIEW = 16
 
 
-# --- What there is to see ---
+# --- Titles and captions ---
 
 
 class Picture(NamedTuple):
@@ -47,12 +47,12 @@ class Picture(NamedTuple):
     file: str
     title: str
     caption: str
-    folded: bool = False  # shown on demand
+    folded: bool = False  # hidden until its title is clicked
     chart: bool = False  # a chart on white, not a grid of small images
 
 
 def ladder_pictures(layers: int) -> list[Picture]:
-    """The pictures of a ladder with so many layers, in the order of a report."""
+    """The pictures of a ladder with `layers` layers, in the order of a report."""
     single_layers = [
         Picture(
             f"layer_{layer:02d}.png",
@@ -82,14 +82,15 @@ _GRIDS = [
         "layers.png",
         "The role of each layer",
         "The images of a row share the latents above the named layer and differ in that layer's "
-        "sample; the layers below are at the mode of their prior. If the images of a row hardly "
-        "vary, the layer encodes details; if they vary a lot, it encodes the overall content.",
+        "sample; the layers below are at the mode of their prior. If the images of a row vary a "
+        "lot, the layer encodes the overall content; if they hardly vary, it encodes details, or "
+        "nothing if its KL is near 0.",
     ),
     Picture(
         "interpolation.png",
         "Interpolation",
-        "From one image to another. Each row interpolates the latents from the top layer down to "
-        "the named one. The upper rows show the overall content change; the last row ends in the "
+        "From one image to another. Each row interpolates the latents of the named layers. In the "
+        "upper rows only the overall content changes; the last row starts and ends with the "
         "reconstructions.",
     ),
 ]
@@ -97,8 +98,8 @@ _CHARTS = [
     Picture(
         "kl.png",
         "KL by layer",
-        "The information that each layer holds about an image: the KL between its posterior and "
-        "prior in nats, averaged over the images. A layer with a KL near 0 is not used.",
+        "How much each layer encodes about an image: the KL between its posterior and prior in "
+        "nats, averaged over the images. A layer with a KL near 0 is not used.",
         chart=True,
     ),
     Picture(
@@ -110,8 +111,8 @@ _CHARTS = [
     Picture(
         "bound.png",
         "Bound by number of samples",
-        "The negative bound in nats with its standard error. If the curve is flat at the end, the "
-        "bound is close to the log-likelihood; if it still falls, more samples would tighten it.",
+        "The negative bound in nats with its standard error. If the curve is flat at the end, more "
+        "samples would change little; if it still falls, they would tighten the bound.",
         chart=True,
     ),
     Picture(
@@ -155,7 +156,7 @@ def draw_album(
     `temperature` applies to the samples. The choice of images and all noise depend on `seed`. Put
     model and guide in evaluation mode first. Raises `UserError` if a file cannot be written.
     """
-    # Each picture seeds its own noise, so it does not depend on the pictures before it.
+    # Each picture seeds its own noise, so it does not depend on the pictures drawn before it.
     torch.manual_seed(torch_seed(seed, 0))
     temperatures = temperature if isinstance(temperature, Sequence) else [temperature]
     title = "Samples from the prior"

@@ -1,7 +1,7 @@
 """HTML reports of a training run and of an evaluation.
 
-Each is a single file with all its pictures, which loads and runs nothing. The pages are Jinja
-templates in the folder templates/, which escape whatever is put into them.
+A report is a single file that contains its pictures, loads nothing and runs no scripts. The Jinja
+templates in the folder templates/ escape all values.
 """
 
 import base64
@@ -34,7 +34,7 @@ class Image(NamedTuple):
     caption: str
     source: str  # a data URL
     style: str = ""  # "pixels" for grids of small images, "paper" for charts on white
-    folded: bool = False  # shown on demand
+    folded: bool = False  # hidden until its title is clicked
 
     @classmethod
     def of(
@@ -79,7 +79,7 @@ def write_evaluation_report(folder: Path, run: Run, results: Mapping[str, Any]) 
 
 
 def update_evaluation_report(folder: Path, run: Run) -> None:
-    """Write an evaluation's report again, with its present pictures, if there is an evaluation."""
+    """If `folder` holds an evaluation, write its report again with the pictures now in it."""
     file = folder / "metrics.json"
     if file.exists():
         _write_evaluation_report(folder, run, Metrics.read(file))
@@ -106,7 +106,7 @@ def _write_evaluation_report(folder: Path, run: Run, metrics: Metrics) -> Path:
 
 
 def weights_in_words(weights: str) -> str:
-    """The weights of an evaluation: "average" or "last", in words."""
+    """A description of `weights`, which is "average" or "last"."""
     return "moving average of the weights" if weights == "average" else "last weights"
 
 
@@ -130,7 +130,7 @@ def _weight_notes(metrics: Metrics) -> list[str]:
 
 
 def _layers(run: Run, kl_per_layer: Sequence[float | None]) -> list[dict[str, str]]:
-    """The rows of the table of layers, from the top."""
+    """The rows of the table of layers, top to bottom."""
     ladder = run.config.ladder
     sizes = ladder.latent_sizes((run.image_shape[1], run.image_shape[2]))
     known = [max(kl or 0.0, 0.0) for kl in kl_per_layer]
@@ -150,7 +150,7 @@ def _layers(run: Run, kl_per_layer: Sequence[float | None]) -> list[dict[str, st
 
 
 def _evaluation_images(folder: Path, layers: int) -> list[Image]:
-    """The pictures that are in the folder. They contain their own titles."""
+    """The evaluation's pictures that are in the folder; titles are drawn in the pictures."""
     return [
         Image.of(
             picture.title,
@@ -254,12 +254,12 @@ def _newest_images(folder: Path) -> list[Image]:
     return found
 
 
-# --- What both contain ---
+# --- Parts of both reports ---
 
 
 def _options(config: RunConfig) -> dict[str, Any]:
-    """The options that differ from the defaults, the others, and the command of such a run."""
-    # The default of an `auto` option is what it means for this data set.
+    """The options that differ from their defaults, the other options, and a command for the run."""
+    # An option that is `auto` by default has the value that auto means for this data set.
     of_data = RunConfig.of(dataset=config.dataset, own=config.own)
     defaults = of_data.options() | {"dataset": RunConfig.dataset}
     values = {name: config.options()[name] for name in OPTIONS}
@@ -285,7 +285,7 @@ def _options(config: RunConfig) -> dict[str, Any]:
 
 
 def command_line(config: RunConfig, names: Sequence[str]) -> str:
-    """The shell command that trains with the options `names` of `config`, the others by default."""
+    """A shell command that sets the options `names` as in `config`, and leaves out the others."""
     lines = ["python train_svi.py"]
     for name, value in config.options().items():
         if name not in names:
@@ -306,7 +306,7 @@ def _shown(value: Any) -> str:
 
 
 def _provenance(origins: Mapping[str, Mapping[str, Any]]) -> list[Column]:
-    """Code, libraries and machine of the training and the evaluation."""
+    """A table of provenances, with one column for each of `origins`."""
     entries = list(dict.fromkeys(name for origin in origins.values() for name in origin))
     return [
         Column("", entries, is_number=False),

@@ -1,9 +1,9 @@
 """Grids of images, and KL maps, as PNG files.
 
-`sample_grid` and `reconstruction_grid` make plain grids. The functions named draw_... write pages:
-a title, an explanation, and grids with labels on their left. Images are (N, C, H, W), grey or RGB,
-and are clipped to [0, 1]. The same images give the same file, byte for byte. The functions raise
-`UserError` if the file cannot be written.
+`sample_grid` and `reconstruction_grid` return plain grids. The functions named draw_... write
+pages: a title, a caption, and grids with labels on their left. Images are (N, C, H, W), grey or
+RGB, and are clipped to [0, 1]. The same images give the same file, byte for byte. Functions that
+write a file raise `UserError` if that fails.
 """
 
 import math
@@ -19,9 +19,9 @@ from torch import Tensor
 from ladder_vae.reports.tables import layer_name
 from runtime.files import write_atomically
 
-# Small images are enlarged by a whole factor to about this height.
+# Small images are enlarged by a whole number to about this height, in pixels.
 _LEGIBLE = 56
-# Between images and around them: grey shows the edges of black images and of white ones.
+# The lines between images: grey shows the edges of both black and white images.
 _GAP, _GAP_GREY = 2, 0.4
 # Sizes on a page, in pixels.
 _MARGIN, _SPACING, _LEAST_WIDTH = 16, 8, 440
@@ -66,7 +66,7 @@ def reconstruction_grid(x: Tensor, reconstructed: Tensor, columns: int) -> Tenso
 
 
 def _fill(images: Tensor, columns: int) -> Tensor:
-    """A row of images, filled up with empty ones."""
+    """A row of images, filled up to `columns` with black ones."""
     return torch.cat([images, images.new_zeros(columns - len(images), *images.shape[1:])])
 
 
@@ -115,7 +115,7 @@ def draw_page(path: Path, title: str, caption: str, blocks: Sequence[Block]) -> 
 def _new_page(
     title: str, caption: str, width: int, height: int
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
-    """A page with a heading and space for content of this size, and the content's top."""
+    """A page with a heading and space for content of this size; also returns the content's top."""
     font = _font(_TITLE_SIZE)
     width = max(width, math.ceil(font.getlength(title)), _LEAST_WIDTH)
     lines = _wrapped(caption, width)
@@ -150,7 +150,7 @@ def _label_width(labels: Sequence[str]) -> int:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The typeface of the charts, which matplotlib provides, in a size in pixels."""
+    """The font of the charts, which comes with matplotlib, at `size` pixels."""
     import matplotlib  # takes a while to import
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
@@ -183,7 +183,9 @@ def draw_layer(path: Path, images: Tensor, layer: int, sizes: Sequence[tuple[int
     if layer == len(sizes):
         caption = "All images are independent."
     else:
-        caption = f"The images of a row share all layers above layer {layer} and differ in it."
+        caption = (
+            f"The images of a row share all latents above layer {layer} and differ in that layer's."
+        )
     if layer > 1:
         caption += " The layers below are at the mode of their prior."
     title = f"{layer_name(layer, len(sizes)).capitalize()}, {_size_name(sizes[layer - 1])}"
@@ -198,8 +200,8 @@ def draw_layers(path: Path, by_layer: Sequence[Tensor], sizes: Sequence[tuple[in
     the sizes of the layers' feature maps, both bottom to top.
     """
     caption = (
-        "The images of a row share all layers above the named layer and differ in it; the layers "
-        "below are at the mode of their prior. Means of p(x | z)."
+        "The images of a row share the latents above the named layer and differ in that layer's; "
+        "the layers below are at the mode of their prior. Means of p(x | z)."
     )
     blocks = [
         Block(

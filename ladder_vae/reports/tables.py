@@ -18,7 +18,7 @@ class Column:
 
 
 def markdown(columns: Sequence[Column]) -> str:
-    """A Markdown table, aligned in its source too."""
+    """A Markdown table whose columns are also aligned in its source."""
     rendered = [_rendered(column) for column in columns]
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*rendered, strict=True))
 
@@ -26,7 +26,7 @@ def markdown(columns: Sequence[Column]) -> str:
 def markdown_rows(
     header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()
 ) -> str:
-    """A Markdown table from its rows; the columns with the indices `numbers` hold numbers."""
+    """A Markdown table from its rows; `numbers` are the indices of columns that hold numbers."""
     return markdown(
         [
             Column(title, [row[i] for row in rows], is_number=i in numbers)

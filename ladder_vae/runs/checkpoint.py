@@ -1,8 +1,8 @@
 """Checkpoint files: the state of training, with a checksum.
 
-A checkpoint is a zip archive written by `torch.save`, with its own SHA-256 as the archive's
-comment: `torch.load` reads it like any other, and `read_checkpoint` detects damage. Reading runs no
-code from the file.
+A checkpoint is a zip archive that `torch.save` wrote, whose comment holds its SHA-256. `torch.load`
+reads it like any other archive, and `read_checkpoint` detects damage. Reading a checkpoint runs no
+code from it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _COMMENT_LENGTH = len(_COMMENT) + 64
 
 
 class Damaged(UserError):  # noqa: N818 (describes the file)
-    """A checkpoint file is not what was written."""
+    """A checkpoint file has changed since it was written."""
 
 
 def weights_only(weights: dict[str, Tensor]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     """The content of a checkpoint.
 
-    Raises `Damaged` if it is not what was written, and `UserError` if it cannot be read.
+    Raises `Damaged` if it has changed since it was written, and `UserError` if it cannot be read.
     """
     with reading(path):
         archive = path.read_bytes()
@@ -60,7 +60,7 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def _with_checksum(archive: bytes) -> bytes:
-    """A zip archive without comment, with its SHA-256 as its comment."""
+    """Add to a zip archive without a comment its SHA-256 as the comment."""
     comment = _COMMENT + hashlib.sha256(archive).hexdigest().encode()
     return archive[:-2] + _COMMENT_LENGTH.to_bytes(2, "little") + comment
 

@@ -72,7 +72,7 @@ def as_user_errors() -> Iterator[None]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add `--preset`, `--config` and all options of `RunConfig`.
 
-    Of the last, only given ones end up in the namespace.
+    The namespace holds only the options that are given.
     """
     parser.add_argument(
         "--preset",
@@ -90,7 +90,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add all options of `RunConfig`, in groups; only given ones end up in the namespace."""
+    """Add all options of `RunConfig`, in groups; the namespace holds only those given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, field in OPTIONS.items():
         title = field.metadata["group"]
@@ -122,11 +122,11 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: dataclasses.Fi
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that the command line gives explicitly, by name."""
+    """The options that the command line sets, by name."""
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
 def config_of(options: dict[str, Any], own: OwnImages | None = None) -> RunConfig:
-    """`RunConfig.of`, but errors are `UserError`s that name the flags."""
+    """Like `RunConfig.of`, but raises `UserError`, which names the flag."""
     with as_user_errors():
         return RunConfig.of(**options, own=own)

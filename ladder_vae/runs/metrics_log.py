@@ -13,9 +13,9 @@ Entry = dict[str, float]
 
 
 def finite_entries(path: Path) -> list[Entry]:
-    """The entries of metrics.jsonl with their finite scalars, also while training writes it.
+    """The entries of a metrics.jsonl, without values that are not finite.
 
-    Raises `UserError` if the file is damaged.
+    Can be called while training writes the file. Raises `UserError` if it is damaged.
     """
     return [
         {tag: value for tag, value in entry.items() if value is not None and abs(value) < 1e300}
@@ -24,7 +24,7 @@ def finite_entries(path: Path) -> list[Entry]:
 
 
 def held_out_split(entries: Sequence[Entry]) -> str | None:
-    """The split of the evaluations during training; None before the first one."""
+    """The split used for evaluations during training; None before the first evaluation."""
     for entry in entries:
         for tag in entry:
             split, _, name = tag.partition("/")
@@ -34,7 +34,7 @@ def held_out_split(entries: Sequence[Entry]) -> str | None:
 
 
 def newest(entries: Sequence[Entry], tag: str) -> Entry | None:
-    """The last entry with the scalar `tag`; None without one."""
+    """The last entry that has the scalar `tag`, or None."""
     return next((entry for entry in reversed(entries) if tag in entry), None)
 
 
@@ -62,7 +62,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether `Monitor.scalars` could have written it."""
+    """Whether `entry` has the form that `training.logger.Monitor.scalars` writes."""
     return (
         isinstance(entry, dict)
         and isinstance(entry.get("step"), int)

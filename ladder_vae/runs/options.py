@@ -56,7 +56,7 @@ class RunConfig:
 
     free_bits: float = setting(
         0.0,
-        "KL per layer and image below which it is not penalised, in nats",
+        "free bits: KL of each layer and image, in nats, below which it is not penalised",
         check=NOT_NEGATIVE,
         group="objective",
     )
@@ -86,13 +86,13 @@ class RunConfig:
     )
     ema: float = setting(
         0.0,
-        "decay of the moving average of the weights, which evaluation then uses; 0 for none",
+        "decay of a moving average of the weights, which evaluations then use; 0 for none",
         check=FRACTION,
         group="optimisation",
     )
     grad_clip: float = setting(
         0.0,
-        "clip the gradient to this global norm; 0 for never",
+        "clip the gradient to this global norm; 0 to never clip",
         check=NOT_NEGATIVE,
         group="optimisation",
     )
@@ -129,7 +129,7 @@ class RunConfig:
     )
     sync_bn: bool = setting(
         False,
-        "batch normalisation over the whole batch if several GPUs share it",
+        "batch normalisation over the whole batch when several GPUs share it",
         group="speed",
     )
 
@@ -159,11 +159,11 @@ class RunConfig:
         group="monitoring",
     )
     ll_samples: int = setting(
-        100, "importance samples of those bounds", check=AT_LEAST_ONE, group="monitoring"
+        100, "importance samples for these bounds", check=AT_LEAST_ONE, group="monitoring"
     )
     ll_images: int = setting(
         0,
-        "random images to compute those bounds on; 0 for all",
+        "number of random images to compute these bounds on; 0 for all",
         check=NOT_NEGATIVE,
         group="monitoring",
     )
@@ -181,13 +181,13 @@ class RunConfig:
     )
     checkpoint_minutes: float = setting(
         30.0,
-        "also write a checkpoint after this many minutes; 0 for never",
+        "minutes after which a checkpoint is also due; 0 for never",
         check=NOT_NEGATIVE,
         group="monitoring",
     )
     keep_checkpoints: int = setting(
         3,
-        "number of newest checkpoints to keep, besides the best",
+        "number of newest checkpoints to keep, in addition to the best one",
         check=AT_LEAST_ONE,
         group="monitoring",
     )
@@ -253,7 +253,7 @@ class RunConfig:
 
     @property
     def held_out_split(self) -> str:
-        """The split that evaluations during training use: the test images if no others are left."""
+        """The split for evaluations during training: valid if it is not trained on, else test."""
         return "valid" if self.train_split == "train" else "test"
 
     def options(self) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunConfig":
-        """The configuration that `to_dict` described.
+        """The configuration from the result of `to_dict`.
 
         Raises `KeyError`, `TypeError` or `ValueError` if the dictionary is invalid.
         """

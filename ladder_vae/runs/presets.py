@@ -1,4 +1,4 @@
-"""Named settings of a run: the rows of the likelihood table, and the demonstration."""
+"""Named sets of options: one for each row of the likelihood table, and `digits` for `make demo`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _FULL_SIZE: dict[str, Any] = {
     "data_dep_init": True,
 }
 
-# Halvings before each layer of 28x28 and 32x32 images; the top feature map is 2x2.
+# Halvings before each layer, for images of 28x28 and 32x32; the top feature map is 2x2.
 _DOWNSAMPLE = {
     3: [1, 1, 1],
     6: [1, 0, 1, 0, 1, 0],
@@ -75,7 +75,7 @@ ROWS = (
     *("multi-dsprites-12", "svhn-15", "celeba-20"),
 )
 
-# The same networks trained on a short budget; see docs/reproduce.md.
+# The same networks with a recipe for a short time budget; see docs/reproduce.md.
 _FAST: dict[str, Any] = {
     "batch_size": 256,
     "lr": 5e-3,

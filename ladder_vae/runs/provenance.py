@@ -11,7 +11,7 @@ import torch
 
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Code, libraries and machine of a result, for result files and run folders."""
+    """The commit, machine and versions that result files and run folders record."""
     return {
         "commit": commit(),
         "machine": f"{processes} x " * (processes > 1) + machine(device),
@@ -22,7 +22,7 @@ def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this project, with -dirty if files differ from it; None outside git."""
+    """The checked-out commit, with -dirty if tracked files differ from it; None outside git."""
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

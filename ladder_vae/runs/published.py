@@ -1,8 +1,8 @@
 """Published weights: one safetensors file for sharing a trained ladder.
 
-Its metadata hold the configuration, the provenance and a checksum. The weights are those that
-evaluation uses: the moving average if there is one. Evaluation gives the same digits as for the
-original run; training cannot resume from them.
+Its metadata holds the configuration, the provenance and a checksum. The weights are those that
+evaluation uses: the moving average if there is one. An evaluation of them gives the same digits as
+one of the original run; training cannot resume from them.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ ENTRY = "ladder_vae"
 
 
 def export_weights(run: Run, step: int | None, path: Path) -> int:
-    """Write the weights after `step`, or the newest for None, to a safetensors file.
+    """Write the weights after `step`, or the newest weights if None, to a safetensors file.
 
-    Returns the step. Raises `UserError` if there is no such checkpoint, or no room on the disk.
+    Returns the step. Raises `UserError` if there is no such checkpoint or the disk is full.
     """
     state = run.load_checkpoint(step, torch.device("cpu"))
     average = state["average"]

@@ -1,7 +1,7 @@
 """Run folders: a run's configuration and checkpoints.
 
     RUN/config.json             the configuration
-    RUN/checkpoints/STEP.pt     the newest states of training, and the best one
+    RUN/checkpoints/STEP.pt     the newest checkpoints, and the best one
     RUN/checkpoints/best.json   which checkpoint is best, by the ELBO of the held-out images
     RUN/eval/STEP/              evaluate.py's results for that step
 
@@ -101,12 +101,12 @@ class Run:
         return sorted(int(file.stem) for file in files if re.fullmatch("[0-9]+", file.stem))
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint, and remove old ones: the newest and the best stay."""
+        """Write a checkpoint, and remove all but the newest ones and the best."""
         write_checkpoint(self.checkpoint_path(step), state | {"step": step})
         self._prune(step)
 
     def _prune(self, step: int) -> None:
-        # If the run went back to an older checkpoint, it will overwrite the later ones.
+        # Later checkpoints exist if the run resumed from an older one; it will overwrite them.
         passed = [old for old in self.checkpoint_steps() if old <= step]
         best = self.best_step()
         for old in passed[: -self.config.keep_checkpoints]:
@@ -119,7 +119,7 @@ class Run:
         return self.path / "checkpoints" / "best.json"
 
     def best(self) -> tuple[int, float] | None:
-        """Step and held-out negative ELBO (nats) of the best checkpoint; None without one."""
+        """Step and held-out negative ELBO (nats) of the best checkpoint; None if there is none."""
         if not self._best_path.exists():
             return None
         content = read_json(self._best_path)
@@ -132,14 +132,14 @@ class Run:
         return (step, value) if self.checkpoint_path(step).exists() else None
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None without one."""
+        """The step of the best checkpoint; None if there is none."""
         best = self.best()
         return None if best is None else best[0]
 
     def step_called(self, name: str) -> int | None:
-        """The step that `--checkpoint` means; None for the newest checkpoint.
+        """The step that a value of `--checkpoint` selects; None for "last".
 
-        `name` is a step, best or last. Raises `UserError` for anything else.
+        `name` is a step, "best" or "last". Raises `UserError` for anything else.
         """
         if name == "last":
             return None
@@ -153,18 +153,18 @@ class Run:
         return int(name)
 
     def is_better(self, step: int, negative_elbo: float) -> bool:
-        """Whether `negative_elbo`, of the held-out images after `step`, is the best so far."""
+        """Whether `negative_elbo`, of the held-out images after `step`, is the lowest so far."""
         best = self.best()
         better = best is None or best[0] == step or negative_elbo < best[1]
         return better and math.isfinite(negative_elbo)
 
     def mark_best(self, step: int, negative_elbo: float) -> None:
-        """Mark the checkpoint of `step` as the best one, in place of an earlier one."""
+        """Record in best.json that the checkpoint of `step` is the best one."""
         write_json(self._best_path, {"step": step, "negative_elbo": negative_elbo})
         self._prune(step)
 
     def load_checkpoint(self, step: int | None, device: torch.device) -> dict[str, Any]:
-        """The state after `step`, or the newest for None.
+        """The state after `step`, or the newest state if None.
 
         Raises `UserError` if there is no such checkpoint, and `Damaged` if it is damaged.
         """
@@ -178,7 +178,7 @@ class Run:
         return read_checkpoint(self.checkpoint_path(steps[-1] if step is None else step), device)
 
     def newest_whole(self, device: torch.device) -> tuple[dict[str, Any] | None, list[Damaged]]:
-        """The newest undamaged state, and the errors of newer checkpoints.
+        """The state of the newest undamaged checkpoint, and the errors of the newer ones.
 
         The state is None if there is no checkpoint. Raises `Damaged` if all are damaged.
         """

@@ -14,9 +14,9 @@ from runtime.errors import UserError
 class Checkpointer:
     """Writes a run's checkpoints. Without a run it writes none.
 
-    If a checkpoint cannot be written during training, as on a full disk, one line warns and the
-    next checkpoint tries again. Where several processes share the work, the first one has the run
-    and writes; all call the same methods together.
+    If a checkpoint cannot be written during training, for example because the disk is full, one
+    line warns, and training continues until the next checkpoint. If several processes share the
+    work, all call the methods together, and the first one, which has the run, writes.
 
     Args:
         state: returns the state of training; all processes call it together.
@@ -43,7 +43,7 @@ class Checkpointer:
         self._tried = clock.now
 
     def is_due(self, step: int) -> bool:
-        """Whether it is time for a checkpoint."""
+        """Whether a checkpoint is due, by steps or by minutes."""
         minutes = self._config.checkpoint_minutes
         waited = (self._clock.now - self._tried) / 60
         return is_due(step, self._config.ckpt_interv) or 0 < minutes <= waited
@@ -76,7 +76,7 @@ class Checkpointer:
         return None
 
     def evaluated(self, step: int, negative_elbo: float) -> None:
-        """Keep the present weights if their held-out negative ELBO is the best so far."""
+        """Save the weights as the best checkpoint if their held-out negative ELBO is the lowest."""
         better = self._run is not None and self._run.is_better(step, negative_elbo)
         if not self._ranks.share(better):
             return

@@ -16,7 +16,7 @@ _WARM_UP = 5
 
 
 class StepGraph:
-    """A step as a function of a batch; from the sixth call on it replays its graph.
+    """A step as a function of a batch, which the sixth call records and replays from then on.
 
     If recording fails, it prints one warning and calls the step as usual.
 
@@ -33,7 +33,7 @@ class StepGraph:
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Take a step; a batch of another shape than the recorded one is not replayed."""
+        """Take a step; for a batch of another shape than the recorded one, without the graph."""
         self._calls += 1
         if self._calls <= _WARM_UP:
             return self._on_side_stream(x)
@@ -75,10 +75,10 @@ class StepGraph:
 
 
 class Readback:
-    """The value of a device tensor as the host last saw it: on a GPU, from a few steps ago.
+    """Reads a device tensor without waiting: on a GPU, its value of a few steps ago.
 
-    Reading a GPU tensor blocks the host until all queued steps are done. Instead, `latest` queues a
-    copy into pinned memory and looks at it once it has arrived.
+    Reading a GPU tensor directly blocks the host until all queued steps are done. Instead, `latest`
+    queues a copy into pinned memory and returns it once the copy is complete.
     """
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Readback:
         self._arriving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def latest(self, source: Tensor) -> Tensor | None:
-        """The newest known value of `source`, the same tensor at each call; None at first."""
+        """The newest copied value of `source`, the same tensor at each call; None at first."""
         if source.device.type != "cuda":
             return source
         if self._arriving is None or self._arriving[1].query():

@@ -4,12 +4,12 @@ Each process computes the gradient of its part of the batch, and `DistributedDat
 the gradients during the backward pass. Since all parts have the same size, the average is the
 gradient of the whole batch's mean, and every process takes the same step from the same weights.
 
-Batch normalisation is the one difference. In training, each process normalises by the mean and
-variance of its own part of the batch, N / R images instead of N. Loss and gradient are then those
-of R smaller batches, averaged, which is close to what one process computes but not the same. The
-running statistics that evaluation uses are averaged over the processes at each step: the mean
-equals the whole batch's, and the variance lacks the variance between the parts' means. With
-synchronised batch normalisation there is no difference.
+Batch normalisation is the one difference. In training, each of R processes normalises by the mean
+and variance of its own part of the batch, N / R images instead of N. Loss and gradient are then
+averages over R smaller batches, which are close to those of a single process but not equal. The
+running statistics that evaluation uses are averaged over the processes at each step: their mean
+equals that of the whole batch, but their variance lacks the variance between the parts' means.
+With synchronised batch normalisation there is no difference.
 """
 
 import math
@@ -26,7 +26,7 @@ from ladder_vae.training.update_guard import Snapshot
 from runtime.distributed import Ranks
 from runtime.random import torch_seed
 
-# The purpose of a draw, the second part of its key; data sets and evaluations have others.
+# The second part of a random key names the purpose; data sets and evaluations use other numbers.
 _NOISE = 3
 
 
@@ -57,7 +57,7 @@ def check_batch_statistics(
 def synchronised(module: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     """The module with batch normalisation over the whole batch of all processes, on GPUs.
 
-    A single process has the whole batch anyway. Raises `ValueError` on the CPU.
+    For a single process the module is returned unchanged. Raises `ValueError` on the CPU.
     """
     if ranks.size == 1:
         return module
@@ -131,7 +131,7 @@ class Replicas:
 def random_states(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     """The states of the random generators, for a checkpoint.
 
-    With several processes, the first one's, and all of them under `ranks`.
+    With several processes, these are the first one's states, and `ranks` lists those of all.
     """
     own = {
         "cpu_random_state": torch.get_rng_state(),
@@ -146,9 +146,9 @@ def random_states(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 def restore_random_state(
     state: dict[str, Any], ranks: Ranks, device: torch.device, seed: int
 ) -> None:
-    """Continue with a checkpoint's random states, if the number of processes is the same.
+    """Restore a checkpoint's random states if it was written by the same number of processes.
 
-    If it is not, all draw new noise.
+    Otherwise, all processes seed new noise.
     """
     states = state.get("ranks", [state])
     if len(states) != ranks.size:
@@ -161,5 +161,5 @@ def restore_random_state(
 
 
 def seed_noise(ranks: Ranks, seed: int, step: int) -> None:
-    """Seed latents and dropout from `step` on by the seed, the step and the process."""
+    """Seed the noise of latents and dropout from `step` on, by seed, step and process."""
     torch.manual_seed(torch_seed(seed, _NOISE, step, ranks.rank))

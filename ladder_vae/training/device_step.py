@@ -1,7 +1,7 @@
 """A training step that never waits for the device, and can be recorded as a CUDA graph.
 
-Whether an update counts, the learning rate and the KL weight are tensors on the device, changed in
-place: a replayed graph reads them where they are.
+The decision whether an update counts, the learning rate and the KL weight are tensors on the
+device. They are changed in place, so a replayed graph reads their current values.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class DeviceSVI(SVI):
                 group["capturable"] = True
                 group["lr"] = torch.tensor(self.learning_rate, device=self.device)
         self.elbo.kl_weight = torch.tensor(self.kl_weight, device=self.device)
-        # A graph belongs to the tensors it was recorded on.
+        # A graph works only on the tensors it was recorded with, so a new one is needed.
         self._graph = StepGraph(super().step) if self._record else None
 
     def step(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class DeviceSVI(SVI):
         return super().step(x) if self._graph is None else self._graph(x)
 
     def _update_if(self, good: Tensor, norm: Tensor, statistics: Snapshot) -> None:
-        # Make the update in any case, and undo it if it does not count.
+        # Always make the update, then undo it if it does not count.
         statistics.restore_unless(good)
         state = self._optimizer_state()
         before = Snapshot([*self.parameters, *state])

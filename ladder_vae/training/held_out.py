@@ -19,7 +19,7 @@ from runtime.distributed import ONE_PROCESS, Ranks
 class HeldOutEvaluation:
     """Bounds, active channels and pictures of the held-out images.
 
-    Put the ELBO module into evaluation mode first, see `evaluation_mode`.
+    Call its methods with the ELBO module in evaluation mode; see `evaluation_mode`.
     """
 
     def __init__(self, config: RunConfig, images: ImageSet, ranks: Ranks = ONE_PROCESS) -> None:
@@ -52,7 +52,7 @@ class HeldOutEvaluation:
         )
 
     def active_channels(self, module: Any) -> list[float]:
-        """The number of active latent channels of each layer, over a thousand images."""
+        """The number of active latent channels of each layer, from up to a thousand images."""
         some = random_index(len(self._images), 1000, self._config.seed)
         with self._seeded():
             kl = mean_kl(module.guide, self._images, some, self._config.test_batch_size)
@@ -73,7 +73,7 @@ class HeldOutEvaluation:
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
-        """Draw from the run's seed inside, and leave training's random state unchanged."""
+        """A context with the run's random seed, which leaves training's random state unchanged."""
         device = self._images.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self._config.seed)

@@ -1,4 +1,4 @@
-"""What a run logs: TensorBoard, metrics.jsonl, pictures, lines and a progress bar."""
+"""What a run logs: TensorBoard, metrics.jsonl, pictures, lines on stderr and a progress bar."""
 
 import math
 import sys
@@ -35,12 +35,12 @@ COLLAPSED_MARGIN = 0.05
 
 
 def elbo_tag(split: str) -> str:
-    """The scalar with the held-out images' negative ELBO."""
+    """The tag of the held-out images' negative ELBO."""
     return f"{split}/negative_elbo"
 
 
 def bound_tag(split: str, samples: int) -> str:
-    """The scalar with the held-out images' negative importance-weighted bound."""
+    """The tag of the held-out images' negative importance-weighted bound."""
     return f"{split}/negative_bound_{samples}_samples"
 
 
@@ -51,8 +51,8 @@ class Monitor:
     TensorBoard and `images/`. Without a folder nothing is written. A resumed run drops entries
     after `first_step`, because training repeats those steps.
 
-    A `silent` monitor prints nothing; where several processes share the work, all but the first
-    have one.
+    A `silent` monitor prints nothing; if several processes share the work, all but the first have
+    one.
 
     Raises `UserError` if the folder cannot be written at the start. If the disk fills up later, one
     line warns, training continues, and entries are kept until they can be written.
@@ -69,7 +69,7 @@ class Monitor:
         self.folder = folder
         self._silent = silent
         self._first_step = first_step
-        self._logged: dict[str, float | None] = {}  # at the first step, by an earlier session
+        self._logged: dict[str, float | None] = {}  # for the first step, before the interruption
         self._metrics: _LogFile | None = None
         self._board: _LogFile | None = None
         if folder is not None:
@@ -94,7 +94,7 @@ class Monitor:
             self._metrics = _LogFile(path)
             self._board = _LogFile(events.event_path(folder))
             self._board.file.append(events.opening(first_step))
-        # TensorBoard drops what older event files hold from this step on, so write it again.
+        # TensorBoard drops older files' entries from this step on, so write this step's again.
         for entry in kept:
             if entry["step"] == first_step:
                 values = {tag: entry[tag] for tag in entry if tag not in ("step", "time")}
@@ -129,9 +129,9 @@ class Monitor:
             self._board.put(events.configuration(values, metric))
 
     def logged(self, step: int) -> dict[str, float | None]:
-        """Scalars by tag that the log already has of a resumed run's first step.
+        """The scalars, by tag, that the log already has for a resumed run's first step.
 
-        Values that are not finite are None.
+        For other steps there are none. Values that are not finite are None.
         """
         return self._logged if step == self._first_step else {}
 
@@ -189,7 +189,7 @@ def _print(line: str) -> None:
 
 
 class _LogFile:
-    """A log file. Records that a full disk does not accept are kept and written later."""
+    """A log file. If the disk is full, records are kept in memory and written later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -197,7 +197,7 @@ class _LogFile:
         self._waiting: list[bytes] = []
 
     def put(self, record: bytes) -> None:
-        """Append a record, after those that are still waiting."""
+        """Append the waiting records and this one."""
         was_full = bool(self._waiting)
         self._waiting.append(record)
         try:
@@ -286,7 +286,9 @@ class Logger:
             values |= by_layer("train_kl_collapsed", [float(i in self._collapsed) for i in layers])
         self._monitor.scalars(step, values)
         if not self._monitor.shows_bar:
-            elbo = f"ELBO {self._formatted(-means.negative_elbo)}" if means else "all skipped"
+            elbo = (
+                f"ELBO {self._formatted(-means.negative_elbo)}" if means else "all updates skipped"
+            )
             flag = f", KL collapsed in {_listed(self._collapsed)}" if self._collapsed else ""
             self._monitor.say(f"step {step}: {elbo}, {rate:.0f} images/s{flag}")
         self._since_step, self._since = step, time.monotonic()
@@ -339,7 +341,7 @@ class Logger:
         values |= by_layer(f"{self.split}_active_channels", active)
         for name, picture in self._evaluation.pictures(module).items():
             self._monitor.picture(step, name, picture)
-        self._monitor.scalars(step, values)  # last, since it marks the evaluation as complete
+        self._monitor.scalars(step, values)  # last, because it marks the evaluation as complete
         self._monitor.say(
             f"step {step}: {self.split} ELBO {self._formatted(elbo)}, KL {sum(kl):.2f}"
         )

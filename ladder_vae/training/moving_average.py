@@ -10,8 +10,8 @@ from torch import Tensor, nn
 class MovingAverage:
     """Exponential moving average of a module's parameters and floating-point buffers.
 
-    `module` is the averaged copy, in evaluation mode. The decay grows to `decay` over the first
-    updates n as (1 + n) / (10 + n), so that the average forgets the initial weights.
+    `module` is the averaged copy, in evaluation mode. After n updates the decay is the smaller of
+    `decay` and (1 + n) / (10 + n), so that the average soon forgets the initial weights.
     """
 
     def __init__(self, source: nn.Module, decay: float) -> None:
@@ -47,7 +47,7 @@ class MovingAverage:
         return {"weights": self.module.state_dict(), "updates": int(self.updates)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from another average's state."""
+        """Restore the result of `state_dict`."""
         self.module.load_state_dict(state["weights"])
         self.updates.fill_(state["updates"])
 

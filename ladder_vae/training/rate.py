@@ -1,4 +1,4 @@
-"""How many training steps fit into a time budget, from the rate that a short warm-up measures."""
+"""Measures the rate of training steps, and how many of them fit into a time budget."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ from runtime.errors import UserError
 
 # The fraction of the budget that is reserved for log entries, evaluations and checkpoints.
 RESERVE = 0.05
-# The first steps are not timed: they compile, and caches and clock rates settle.
+# The first steps are not timed: blocks compile, and caches and clock rates settle.
 UNCOUNTED = 20
 # The timed steps are split into this many stretches; their median ignores a short disturbance.
 _STRETCHES = 5
@@ -38,8 +38,8 @@ def measured_rate(
         step()
     began = clock()
     step()
-    # One step tells how many fit into a stretch, so that the clock, which waits for the device, is
-    # read rarely.
+    # One timed step gives the number of steps in a stretch. The clock waits for the device, so it
+    # is read rarely.
     first = max(clock() - began, 1e-9)
     count = max(1, round(seconds / _STRETCHES / first))
     rates = []
@@ -52,7 +52,7 @@ def measured_rate(
 
 
 def fitted_steps(minutes: float, rate: Rate) -> int:
-    """The number of training steps that fit into `minutes`, less the reserve.
+    """The number of training steps that fit into `minutes` minus the reserve.
 
     Raises `UserError` if not even one step fits.
     """

@@ -18,8 +18,8 @@ from ladder_vae.training.schedule import is_due
 from ladder_vae.training.trainer import Trainer
 from runtime.errors import UserError
 
-# Options that may change when a run is resumed: its length, its monitoring, how it runs on the
-# present machine, and remedies against diverging. None changes what the run has learned so far.
+# Options that may change when a run is resumed: its length, its monitoring, how it runs on this
+# machine, and remedies for divergence.
 CHANGEABLE = {
     "steps",
     "epochs",
@@ -45,11 +45,11 @@ CHANGEABLE = {
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run folder as it was found."""
+    """What a run folder holds when a run is resumed."""
 
     run: Run
     state: dict[str, Any] | None  # the newest undamaged checkpoint; None if there is none yet
-    damaged: list[Damaged]  # the newer checkpoints
+    damaged: list[Damaged]  # the errors of newer checkpoints
 
     @classmethod
     def open(cls, path: Path, changes: Mapping[str, Any], device: torch.device) -> "StoredRun":
@@ -59,16 +59,16 @@ class StoredRun:
         """
         run = Run.open(path)
         run = replace(run, config=changed_config(run.config, changes))
-        run.best()  # if best.json is damaged, say so now and not at the first evaluation
+        run.best()  # if best.json is damaged, fail now and not at the first evaluation
         return cls(run, *run.newest_whole(device))
 
     def report(self) -> None:
         """Print what the user should know before training continues."""
         if self.state is None:
-            print(f"{self.run.path} has no checkpoint yet: starts again", file=sys.stderr)
+            print(f"{self.run.path} has no checkpoint yet; starting again", file=sys.stderr)
             return
         for problem in self.damaged:
-            print(f"warning: {problem}; resumes from step {self.state['step']}", file=sys.stderr)
+            print(f"warning: {problem}; resuming from step {self.state['step']}", file=sys.stderr)
 
 
 def changed_config(stored: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -31,14 +31,14 @@ class Length:
 
 
 def learning_rate(config: RunConfig, step: int, progress: float) -> float:
-    """Linear warm-up over `lr_warmup` steps, times the decay over the run's length."""
+    """The learning rate: linear warm-up over `lr_warmup` steps, times decay over the run."""
     warmup = min(1.0, (step + 1) / (config.lr_warmup + 1))
     decay = (1 + math.cos(math.pi * progress)) / 2 if config.lr_decay == "cosine" else 1.0
     return config.lr * warmup * decay
 
 
 def kl_weight(config: RunConfig, step: int) -> float:
-    """Increases linearly from 0 to 1 over the first `beta_anneal` steps."""
+    """The KL weight, which increases linearly from 0 to 1 over the first `beta_anneal` steps."""
     return min(1.0, step / config.beta_anneal) if config.beta_anneal else 1.0
 
 

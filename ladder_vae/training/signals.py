@@ -9,8 +9,9 @@ from typing import Self
 
 from runtime.distributed import ONE_PROCESS, Ranks
 
-# Under torchrun the same signal may arrive twice: once from the sender, who signals all processes,
-# and once from torchrun, which forwards its own. A second one within this time is ignored.
+# Under torchrun a signal may arrive twice: from the sender, for example Ctrl-C in a terminal, which
+# signals all processes, and from torchrun, which forwards it. A second one within this time is
+# ignored.
 _SAME_SIGNAL = 2.0  # seconds
 
 
@@ -22,8 +23,8 @@ class Interruption:
     """Notes the first SIGINT or SIGTERM so that the run stops cleanly; a second one exits at once.
 
     Args:
-        agree: where several processes share the work, `Clock.agree`: it takes the number of the
-            signal that this process received, or 0, and returns one that any process received.
+        agree: `Clock.agree` if several processes share the work. It takes the number of the signal
+            that this process received, or 0, and returns one that any process received.
     """
 
     def __init__(self, agree: Callable[[int], int] | None = None) -> None:
@@ -55,12 +56,12 @@ class Interruption:
             self.signal = self._noted
 
     def agree(self) -> None:
-        """Let all processes know of a signal that one received. All must call this together."""
+        """Share a signal that one process received with all. All must call this together."""
         if self._agree is not None:
             self.signal = self._agree(self._noted or 0) or None
 
     def check(self) -> None:
-        """Raise `Interrupted` after a signal on which the processes have agreed."""
+        """Raise `Interrupted` if the processes have agreed on a signal."""
         if self.signal is not None:
             raise Interrupted
 
@@ -83,7 +84,7 @@ class Clock:
 
     @property
     def now(self) -> float:
-        """Seconds since some fixed moment."""
+        """Seconds since an arbitrary fixed moment."""
         return time.monotonic() if self.ranks.size == 1 else self._now
 
     def agree(self, signal: int) -> int:

@@ -25,7 +25,7 @@ class StepMeans:
 
 
 class StepSums:
-    """Running sums behind `StepMeans`; `add` never waits for the device."""
+    """Running sums from which `StepMeans` are computed; `add` never waits for the device."""
 
     def __init__(self) -> None:
         # Number of steps, loss, log-likelihood, gradient norm, KL by layer: (4 + L,).
@@ -50,11 +50,11 @@ class StepSums:
         return _means(self.totals)
 
     def peek_behind(self) -> StepMeans | None:
-        """Like `peek`, but a few steps old if the newest would mean waiting for the device."""
+        """Like `peek`, but never waits for the device: on a GPU the result is a few steps old."""
         return _means(None if self.totals is None else self._readback.latest(self.totals))
 
     def read(self) -> StepMeans | None:
-        """Like `peek`, and start again from zero."""
+        """Like `peek`, and resets the sums."""
         means = self.peek()
         if self.totals is not None:
             self.totals.zero_()

@@ -21,8 +21,8 @@ class SVI:
     norm is not finite is skipped: weights, optimizer state, batch-norm statistics and average stay
     unchanged, and `guard` counts it. `skip_norm` and `spike` make it skip more (`UpdateGuard`).
 
-    This is the plain step, which reads each decision back to the host: the fastest way on the CPU.
-    `device_step.DeviceSVI` does the same without ever waiting for a GPU.
+    This is the plain step, which branches on the host: the fastest way on the CPU.
+    `device_step.DeviceSVI` takes the same steps without ever waiting for a GPU.
 
     Args:
         clip_norm: clip the gradient to this global norm; 0 for never.
@@ -64,7 +64,7 @@ class SVI:
     def step(self, x: Tensor) -> Tensor:
         """Take a gradient step on images x (N, C, H, W); return the negative objective."""
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = Snapshot(self._buffers)  # a forward pass changes them, even one with nan
+        statistics = Snapshot(self._buffers)  # even a pass whose loss is nan changes them
         with self.execution.autocast(self.device):
             loss = self.forward(x) / len(x)
         loss.backward()
@@ -106,7 +106,7 @@ class SVI:
         self.elbo.kl_weight = kl_weight
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides weights and average, for any kind of device."""
+        """What a resumed run needs besides weights and average, on any kind of device."""
         optimizer = self.optimizer.state_dict()
         groups = [group | {"lr": self.learning_rate} for group in optimizer["param_groups"]]
         return {

@@ -1,8 +1,8 @@
 """Records of TensorBoard's event files, as bytes.
 
-`SummaryWriter` writes from a thread of its own: a full disk ends that thread with a traceback, and
-a killed run loses the records that it has not written yet. The logger therefore appends these
-records to the file itself.
+`SummaryWriter` writes from its own thread: a full disk ends that thread with a traceback, and a
+killed run loses the records that the thread has not written yet. The logger therefore appends the
+records to the event file without it.
 """
 
 import io

@@ -30,19 +30,19 @@ from ladder_vae.training.svi import SVI
 from runtime.distributed import ONE_PROCESS, Ranks
 from runtime.errors import UserError
 
-# Training ends when this many updates in a row were skipped. The host checks this often.
+# Training ends after this many skipped updates in a row. The host checks once per as many steps.
 SKIPPED_IN_A_ROW = 10
 
 
 class Diverged(Exception):  # noqa: N818 (the program did nothing wrong)
-    """Too many updates in a row were skipped. The message says what the user can do."""
+    """Too many updates in a row were skipped. The message tells the user what to do."""
 
 
 class Trainer:
     """A run in progress: networks, optimizer, data, and the number of steps taken.
 
-    Where several processes share the work, each has its own trainer; they differ only in the noise
-    and in the part of the batch that they see.
+    If several processes share the work, each has its own trainer. The trainers differ only in their
+    noise and in their part of the batch.
 
     Args:
         loss_fn: Pyro's ELBOModule, `FreeBitsELBO(...)(model, guide)`. Its parameters are trained.
@@ -103,7 +103,7 @@ class Trainer:
 
     @property
     def minutes(self) -> float:
-        """Minutes spent on the run, sessions before a resumption included."""
+        """Minutes spent on the run, including those before it was resumed."""
         return self._minutes_before + (self.clock.now - self._began) / 60
 
     @property
@@ -112,14 +112,14 @@ class Trainer:
         return self.length.progress(self.step, self.minutes) >= 1
 
     def initialise(self) -> None:
-        """Set the initial weights from the first batch, if the configuration asks for it."""
+        """With `data_dep_init`, set the initial weights from the first batch."""
         if self.config.data_dep_init:
             self.loss_fn.train()
             with data_dependent_init(self.loss_fn):
                 self.loss_fn.guide(self.batches(0))
 
     def prepare(self) -> None:
-        """Compile the networks, and connect the processes. Call it after the weights are set."""
+        """Compile the networks and connect the processes; call it once the weights are set."""
         self.execution.compile_blocks(self.loss_fn)
         if self.ranks.size > 1:
             if self.step == 0:
@@ -145,8 +145,8 @@ class Trainer:
     def has_diverged(self, *, wait: bool) -> bool:
         """Whether too many updates in a row were skipped.
 
-        Without `wait`, a GPU's latest steps may be missing. Several processes always wait, so that
-        all get the same answer.
+        Without `wait`, the result may lag a few steps behind a GPU. Several processes always wait,
+        so that all get the same result.
         """
         guard = self.svi.guard
         row = guard.longest_row if wait or self.ranks.size > 1 else guard.longest_row_seen()
@@ -167,7 +167,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; raises `UserError` if it does not fit the run."""
+        """Restore a checkpoint's state; raises `UserError` if it does not fit the run."""
         if state["svi"] is None:
             raise UserError("the checkpoint holds only weights, so training cannot resume from it")
         load_weights(self.loss_fn, state["weights"])
@@ -184,7 +184,7 @@ def train(trainer: Trainer, run: Run | None, signals: Interruption) -> None:
     """Train until the run reaches its length or a signal arrives.
 
     Logs, evaluates and writes checkpoints to the run folder; without `run`, nothing is written.
-    Where several processes share the work, the first one writes.
+    If several processes share the work, the first one writes.
 
     Raises `Diverged` if too many updates in a row were skipped, and `UserError` if the last
     checkpoint cannot be written.

@@ -1,8 +1,8 @@
 """Skips bad updates on the device, without synchronising with the host.
 
-A step whose loss or gradient norm is not finite, or whose gradient explodes, must not reach the
-weights. `UpdateGuard` decides in a 0-dimensional tensor. On a GPU the update is then made and, if
-it does not count, undone by `Snapshot`, without a branch on the host.
+A step whose loss or gradient norm is not finite, or whose gradient explodes, must not change the
+weights. The decision of `UpdateGuard` is a 0-dimensional tensor. On a GPU the update is always made
+and, if it does not count, undone by `Snapshot`, without a branch on the host.
 """
 
 from collections.abc import Iterable
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from ladder_vae.training.cuda_graph import Readback
 
-# The median for spikes is over this many norms; until half of them are known it is infinite.
+# Spikes are measured against the median of this many norms, infinite until half of them are known.
 WINDOW = 100
 
 
 class UpdateGuard:
-    """Decides by its loss and gradient norm whether a step counts, and counts the skipped ones.
+    """Decides from loss and gradient norm whether a step counts, and counts the skipped steps.
 
     Only the properties wait for the device.
 
     Args:
         skip_norm: skip steps with a gradient norm above this; 0 for never.
-        spike: skip steps with a norm above this many times the median of the last 100 that counted,
-            from the 50th on; 0 for never.
+        spike: skip steps with a norm above this many times the median norm of the last 100 steps
+            that counted, once 50 have counted; 0 for never.
     """
 
     def __init__(self, device: torch.device, *, skip_norm: float = 0.0, spike: float = 0.0) -> None:
@@ -75,12 +75,12 @@ class UpdateGuard:
         return int(self._longest_row)
 
     def longest_row_seen(self) -> int:
-        """Like `longest_row`, but a few steps old if the newest would mean waiting."""
+        """Like `longest_row`, but never waits: on a GPU the result is a few steps old."""
         seen = self._readback.latest(self._longest_row)
         return 0 if seen is None else int(seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that later decisions and counts depend on."""
+        """The norms and counts on which later decisions depend."""
         return {
             "norms": self._norms.clone(),
             "taken": int(self._taken),
@@ -89,7 +89,7 @@ class UpdateGuard:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from another guard's state; the count of steps skipped in a row restarts."""
+        """Restore a `state_dict`; the count of steps skipped in a row restarts at zero."""
         self._norms.copy_(state["norms"])
         self._taken.fill_(state["taken"])
         self._skipped.fill_(state["skipped"])
@@ -99,10 +99,10 @@ class UpdateGuard:
 
 
 class Snapshot:
-    """A copy of tensors, to restore if the device decides so.
+    """A copy of tensors that a decision on the device can restore, without a branch on the host.
 
-    It works on the bits of the numbers, read as integers: times 0 they are 0, whereas nan times 0
-    is nan. A few kernels restore all tensors together.
+    The restored value is tensor * good + copy * (1 - good), computed on the bits of the numbers
+    read as integers, because nan times 0 is nan. A few kernels restore all tensors together.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Each benchmark, run as small as possible, and its arithmetic."""
+"""Each benchmark, run at the smallest size, and its arithmetic."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Call in this process what the benchmarks otherwise call in fresh ones, which is faster."""
+    """Call in this process what benchmarks call in fresh processes: this is faster."""
     for module in (learning, memory):
         monkeypatch.setattr(
             module, "in_fresh_processes", lambda _, function, *values: [function(*values)]
@@ -247,7 +247,7 @@ def test_wrong_commands_are_refused(arguments: list[str], message: str) -> None:
 
 
 def test_batch_normalisation_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One part differs in nothing from the whole batch, two parts do."""
+    """One part gives the same as the whole batch, two parts do not."""
     monkeypatch.setattr(parallel, "PARTS", (1, 2))
     with pyro.validation_enabled(False):
         found = parallel.batch_norm_difference("digits")

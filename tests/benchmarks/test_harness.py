@@ -220,7 +220,7 @@ def test_kinds_appear_with_the_modules_that_cause_them(make_pair: MakePair, x: T
 
 
 def test_a_derivative_has_the_kind_of_its_operation() -> None:
-    """A product's derivative belongs to a gate or to dropout, as the product does."""
+    """The derivative of a product belongs to a gate or to dropout if the product does."""
 
     class Gate(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

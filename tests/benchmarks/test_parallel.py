@@ -20,7 +20,7 @@ SHAPE = (1, 8, 10)
 
 
 def test_bytes_and_multiply_adds_are_counted() -> None:
-    """Of the original full-size network; a backward pass costs nearly two forward ones."""
+    """For the full-size network; a backward pass costs nearly as much as two forward passes."""
     with pyro.validation_enabled(False):  # there are no values to check
         found = counted("mnist-3")
     assert found["gradient_bytes"] == 4 * 3_209_153

@@ -1,4 +1,4 @@
-"""Small data sets in the published formats, and a server for them."""
+"""Fixtures with small synthetic data sets in the published formats."""
 
 from collections.abc import Callable, Iterator
 

@@ -13,7 +13,7 @@ from tests.made_data import (
 
 
 def numbered(count: int) -> PackedImages:
-    """Images that spell their own number in binary."""
+    """Images whose pixels are the binary digits of their number."""
     bits = np.unpackbits(np.arange(count, dtype=np.uint8)[:, np.newaxis], axis=1)
     return PackedImages.pack("made", "train", bits.reshape(-1, 1, 2, 4))
 

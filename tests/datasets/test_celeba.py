@@ -1,4 +1,4 @@
-"""CelebA, on ten made images in its published layout."""
+"""CelebA, on ten synthetic images in its published layout."""
 
 import errno
 import hashlib
@@ -79,7 +79,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
 
 
 def trust_files(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the present files count as the published ones."""
+    """Accept the files of the test as the published ones."""
     file_list = [
         (f"address of {p.name}", hashlib.md5(p.read_bytes()).hexdigest(), p.name)
         for p in sorted(published.folder.iterdir())

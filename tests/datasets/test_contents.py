@@ -1,4 +1,4 @@
-"""The images of each data set, on small made files in the published formats."""
+"""The images of each data set, on small synthetic files in the published formats."""
 
 import hashlib
 from collections.abc import Callable

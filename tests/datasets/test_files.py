@@ -79,7 +79,7 @@ def test_arrays_stored_by_column_are_read_by_row(
 
 
 def foreign_files(name: str, arrays: dict[str, np.ndarray]) -> dict[str, bytes]:
-    """Files that are not the cache of the data set `name`, by their error."""
+    """Files that are not the cache of the data set `name`, by the error that they cause."""
     save = np.savez if name in ("cifar10", "svhn") else np.savez_compressed
 
     def npz(changed: dict[str, np.ndarray]) -> bytes:

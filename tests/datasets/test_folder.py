@@ -1,4 +1,4 @@
-"""Images from a folder: what is read, and every kind of error."""
+"""Images from a folder: which files are read, and every kind of error."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def save(path: Path, array: np.ndarray, **options: Any) -> None:
 
 
 def refused(path: Path, shape: Shape = GREY, *, binary: bool = False) -> str:
-    """The line with which a folder is refused."""
+    """The one-line error for a folder."""
     return refusal(lambda: load_folder(path, shape, binary=binary))
 
 

@@ -38,7 +38,7 @@ def packed(images: np.ndarray) -> np.ndarray:
 
 
 def scenes(sprites: list[tuple[int, int, int, int, int, int]], number: int = 1) -> Factors:
-    """Images with `number` sprites out of two, each with the factors of one of `sprites`."""
+    """Images with the first `number` of two sprites, whose factors are `sprites`."""
     columns = np.array(sprites).reshape(-1, number, 6)
     columns = np.concatenate([columns, np.ones_like(columns)], axis=1)[:, :2]
     return Factors(np.full(len(columns), number), *columns.transpose(2, 0, 1))

@@ -214,7 +214,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def test_the_bound_increases_with_the_number_of_samples(scored: tuple[Tensor, Bounds]) -> None:
-    """From the ELBO, which is well below, and significantly if K grows enough."""
+    """The ELBO is clearly below it, and a large enough increase of K raises it significantly."""
     evidence, bounds = scored
     found = bounds.importance_weighted
     gap, error = mean_and_error(evidence - bounds.elbo)
@@ -230,9 +230,9 @@ def test_the_bound_increases_with_the_number_of_samples(scored: tuple[Tensor, Bo
 
 
 def test_the_bound_comes_to_the_evidence_from_below(scored: tuple[Tensor, Bounds]) -> None:
-    """At every K not above it, and at the largest K at most 0.02 nats below.
+    """It is not above the evidence at any K, and at most 0.02 nats below at the largest K.
 
-    Both within four standard errors.
+    Both hold within four standard errors.
     """
     evidence, bounds = scored
     for k in SAMPLES:

@@ -1,4 +1,4 @@
-"""The importance-weighted bound: against direct sums and Pyro, and what its digits depend on."""
+"""The importance-weighted bound compared with direct sums and Pyro; what its digits depend on."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -361,7 +361,7 @@ def test_the_order_of_the_index_changes_no_digit(ladder: tuple[Any, Any]) -> Non
 
 
 def test_images_binarized_at_each_reading_are_part_of_the_noise(ladder: tuple[Any, Any]) -> None:
-    """The same for the same seed, whatever was read in between; different for another seed."""
+    """Their bounds depend on the seed, and not on which images were read before."""
     grey = torch.randint(1, 255, (8, 1, 8, 8), dtype=torch.uint8)
     images = DynamicallyBinarizedImages("made", "train", (1, 8, 8), grey)
     read: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""In-painting against exact conditionals, and the masks it takes."""
+"""In-painting compared with exact conditional distributions, and its masks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def complete(pair: tuple[Any, Any], x: Tensor, missing: Tensor, **options: Any) 
 def scalar_ladder() -> tuple[Any, Any]:
     """Two scalar latents, and logits of 2x2 pixels linear in the lower one.
 
-    The guide's weights are random: it knows next to nothing of the image.
+    The guide's weights are random, so its posterior hardly depends on the image.
     """
     torch.manual_seed(1)
     config = LadderConfig(
@@ -89,16 +89,16 @@ def image_probabilities(model: Any) -> Tensor:
 
 
 def frequencies(images: Tensor) -> Tensor:
-    """How often the right column of images (M, 1, 2, 2) is what: (2, 2) by pixel."""
+    """The frequencies of the right columns of images (M, 1, 2, 2): (2, 2) by pixel value."""
     upper, lower = images[:, 0, :, 1].long().unbind(1)
     counts = torch.bincount(2 * upper + lower, minlength=4).double()
     return counts.view(2, 2) / len(images)
 
 
 def test_chains_draw_from_the_exact_conditional(scalar_ladder: tuple[Any, Any]) -> None:
-    """Frequencies of the last images, and the mean, are those of p(x_mis | x_obs).
+    """The frequencies of the last images, and the mean, are those of p(x_mis | x_obs).
 
-    Those of chains that accept almost everything are not: the guide is far from the posterior.
+    Those of chains that accept almost all proposals are not: the guide is far from the posterior.
     """
     joint = image_probabilities(scalar_ladder[0])
     chains = 1000
@@ -139,7 +139,7 @@ class LinearModel(nn.Module):
 
 
 class ExactGuide(GuideMessenger):
-    """q(z | x) = p(z | x), where the image's share in it is one projection on the slopes."""
+    """q(z | x) = p(z | x), which depends on the image only by its projection on the slopes."""
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
         return [(SLOPES * (x - 0.5)).sum((1, 2, 3), keepdim=True) / NOISE**2]
@@ -161,7 +161,7 @@ class ExactGuide(GuideMessenger):
 
 
 def test_an_exact_guide_has_every_proposal_accepted() -> None:
-    """And the completions have the moments of the conditional Normal."""
+    """All proposals are accepted, and completions have the moments of the conditional Normal."""
     model = LinearModel()
     x = torch.tensor([[[[0.65, 0.0], [0.6, 0.0]]]], dtype=torch.float64)
     chains = 2000
@@ -229,7 +229,7 @@ def test_missing_pixels_are_not_read(make_pair: MakePair, x: Tensor) -> None:
 
 
 def test_the_seed_alone_decides(make_pair: MakePair, x: Tensor) -> None:
-    """Two runs agree to the bit, another seed differs, and the global random state stays."""
+    """Two runs agree bit for bit, another seed differs, the global random state is unchanged."""
     model, guide = make_pair()
     pair = (model.eval(), guide.eval())
     first = complete(pair, x, MISSING, seed=4)

@@ -22,7 +22,7 @@ def made_bounds(seed: int) -> Bounds:
 
 
 def share_of_pairs(inliers: np.ndarray, outliers: np.ndarray) -> float:
-    """In how many pairs the outlier scores higher; ties count half."""
+    """The share of pairs in which the outlier scores higher; ties count half."""
     pairs = list(itertools.product(inliers.tolist(), outliers.tolist()))
     return sum((b > a) + (b == a) / 2 for a, b in pairs) / len(pairs)
 
@@ -82,7 +82,7 @@ def test_standard_error_by_hand() -> None:
 
 
 def test_standard_error_is_that_of_repeated_draws() -> None:
-    """The areas of many pairs of samples scatter by it, within a tenth."""
+    """It equals the standard deviation of the areas of many pairs of samples, within a tenth."""
     generator = np.random.default_rng(0)
     curves = [roc(generator.normal(0, 1, 60), generator.normal(0.8, 1.5, 40)) for _ in range(400)]
     errors = [curve.standard_error for curve in curves]

@@ -112,7 +112,7 @@ def test_a_tail_of_ties_is_not_nan() -> None:
 
 
 def test_an_enormous_spread_is_a_heavy_tail() -> None:
-    """Finite, although the tail's smallest weights underflow next to the largest."""
+    """The shape is finite although the tail's smallest weights underflow next to the largest."""
     found = k_hat(300 * torch.randn(5, 1000, dtype=torch.float64))
     assert found.isfinite().all()
     assert (found > 10 * UNRELIABLE).all()

@@ -1,4 +1,4 @@
-"""What each layer knows: which latents are shared, drawn, or at their mode; KL maps."""
+"""Images of what each layer encodes: which latents are shared, drawn or at their mode; KL maps."""
 
 from collections.abc import Callable
 from typing import Any

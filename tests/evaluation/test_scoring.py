@@ -1,4 +1,4 @@
-"""Scoring that is killed, resumed, damaged and shared by processes: always the same digits."""
+"""A scoring that is killed, resumed, damaged or shared by processes gives the same digits."""
 
 import signal
 import socket
@@ -202,7 +202,7 @@ def test_each_scoring_has_its_own_progress_files(ladder: tuple[Any, Any], tmp_pa
 def test_groups_that_cannot_be_read_are_computed_again(
     ladder: tuple[Any, Any], tmp_path: Path, groups: Groups
 ) -> None:
-    """What cannot be removed stays."""
+    """Files that cannot be removed stay."""
     (tmp_path / "key.folder").mkdir()
     scored(sampler_of(ladder), tmp_path)
     assert groups.numbers == [0, 1, 2, 3]

@@ -103,7 +103,7 @@ def test_initial_weights_are_kaiming_normal(kind: Any) -> None:
 
 
 def test_data_dependent_init_leaves_no_hooks(make_pair: MakePair, x: Tensor) -> None:
-    """After the context, even if it ended by an error, convolutions do not change any more."""
+    """After the context, even if it ended with an error, convolutions no longer change."""
     model, guide = make_pair(dropout=0.0)
     with data_dependent_init(model, guide):
         guide(x)

@@ -221,7 +221,7 @@ def test_parameters_of_a_normal() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_skip_connections(make_pair: MakePair, skip: bool) -> None:
-    """Given z_2, z_3 affects p(z_1) only through skip connections, and so does z_2 x given z_1."""
+    """Only skip connections let z_3 affect p(z_1) given z_2, and z_2 affect p(x) given z_1."""
     model, _ = make_pair(skip=skip)
     model.eval()
     with torch.no_grad():

@@ -135,7 +135,7 @@ def test_ladder(name: str, make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("name", ["gaussian", "discr_log", "discr_log_mix"])
 def test_learning_brings_the_mean_to_the_data(name: str) -> None:
-    """A head trained on one colour, by its biases alone, learns this colour as its mean."""
+    """A head whose biases alone are trained on one colour learns this colour as its mean."""
     x = torch.tensor([51 / 255, 204 / 255, 102 / 255]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     head, h = LIKELIHOODS[name](2, 3), torch.zeros(1, 2, 4, 4)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)

@@ -1,4 +1,4 @@
-"""The comparison of several runs: its table and files, which rows it compares, and refusals."""
+"""The comparison of several runs: its table and files, which rows it compares, and its errors."""
 
 import csv
 import json
@@ -227,7 +227,7 @@ def test_the_best_of_the_same_images_is_bold(
 
 
 def test_a_file_may_lack_its_limit() -> None:
-    """It is of the whole split if another file says that it has as many images."""
+    """It is of the whole split if it has as many images as another file that says so."""
     old = content(23.0)
     del old["limit"]
     assert columns([scored("old", old)], ("data",))[0].cells == ["digits, 297 images"]

@@ -70,7 +70,7 @@ def check_grid(page: Tensor, bottom: int, left: int, rows: list[Tensor], scale: 
 
 
 def grid_left(page: Tensor, bottom: int) -> int:
-    """Where the grid whose lowest line is just above `bottom` begins: past labels and margin."""
+    """The left edge, past labels and margin, of the grid that ends just above `bottom`."""
     return int((page[bottom - 1] == GREY[0]).all(-1).nonzero()[0])
 
 

@@ -29,7 +29,7 @@ HOSTILE = "\"'><script>alert(1)<&amp;"
 
 
 class Parsed(HTMLParser):
-    """A page: its text and pictures; fails where tags do not close each other in order."""
+    """A page's text and pictures; fails if a tag is not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Parsed(HTMLParser):
 
 
 def read(path: Path) -> Parsed:
-    """A report, which must be valid and loads nothing from elsewhere."""
+    """A report, which must be valid HTML and load nothing."""
     text = path.read_text()
     assert text.startswith("<!DOCTYPE html>\n<html lang=")
     parsed = Parsed(text)
@@ -158,7 +158,7 @@ def test_the_report_of_an_evaluation(run: Run) -> None:
 
 
 def test_the_report_says_if_the_bound_is_reliable(run: Run) -> None:
-    """Unless the samples were too few to say."""
+    """It says nothing if there were too few samples."""
     parsed = evaluated(
         run,
         results(

@@ -1,4 +1,4 @@
-"""The options' checks: a wrong value is a `ValueError` that names the option and what is right."""
+"""Checks of options: a wrong value is a `ValueError` that names the option and valid values."""
 
 import json
 import math

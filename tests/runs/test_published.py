@@ -18,7 +18,7 @@ from runtime.errors import UserError
 
 @pytest.fixture
 def trained(tmp_path: Path) -> Run:
-    """A run with weights, and other ones as their moving average, at two steps."""
+    """A run with checkpoints at two steps, whose moving averages differ from their weights."""
     run = Run.create(tmp_path / "run", RunConfig.of(dataset="digits"), (1, 8, 8), {"commit": "abc"})
     for step in (1, 2):
         weights, average = (nn.BatchNorm2d(step + 1) for _ in range(2))

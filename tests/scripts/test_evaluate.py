@@ -190,7 +190,7 @@ def test_the_table_is_printed(evaluated_copy: Path) -> None:
         ("--samples 3 3", ["--samples is 3 3", "ascend"]),
         ("--samples 0 3", ["--samples", "0", "at least 1"]),
         ("--limit 0", ["--limit", "0", "at least 1"]),
-        ("--limit 298", ["--limit is 298", "test has 297 images"]),
+        ("--limit 298", ["--limit is 298", "test has only 297 images"]),
         ("--batch-size 0", ["--batch-size", "0", "at least 1"]),
         ("--seed -1", ["--seed", "-1", "at least 0"]),
         ("--checkpoint first", ["--checkpoint", "first"]),

@@ -34,7 +34,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
 
 
 def _with(whole: bytes, piece: bytes, *, replaced: int) -> bytes:
-    """`whole` with a piece in it, which replaces so many bytes."""
+    """`whole` with some bytes replaced by a piece."""
     place = len(whole) // 3
     return whole[:place] + piece + whole[place + replaced :]
 

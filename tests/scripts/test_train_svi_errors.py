@@ -92,7 +92,7 @@ def test_a_missing_gpu_is_refused(
 
 
 def refusal_after_progress(*arguments: object) -> str:
-    """The one line with which a run ends that may have printed its progress before."""
+    """The one-line error of a run that may have printed progress before it."""
     result = run(train_svi.main, *arguments)
     *progress, line = result.err.splitlines(keepends=True)
     assert is_one_line_error(Result(result.code, result.out, line)), result
@@ -160,7 +160,7 @@ class Malicious:
 
 @pytest.fixture(params=["train_svi", "evaluate"])
 def open_run(request: pytest.FixtureRequest) -> Callable[[Path], str]:
-    """How each script refuses a run folder, which it must leave unchanged."""
+    """Each script's error for a run folder, which it must leave unchanged."""
 
     def refused(folder: Path) -> str:
         before = content(folder)

@@ -64,7 +64,7 @@ def test_terms_in_closed_form() -> None:
 
 
 def test_one_sample_kl() -> None:
-    """Without `analytic_kl`, KL is log q(z) - log p(z) of the very z that was drawn."""
+    """Without `analytic_kl`, KL is log q(z) - log p(z) at the z that was drawn."""
     model, guide, _, _ = shifted_pair()
     drawn = poutine.trace(guide)
     terms = FreeBitsELBO().compute_terms(model, drawn, DATA)
@@ -149,7 +149,7 @@ def test_free_bits_of_one_sample_kl() -> None:
 
 
 def test_loss_is_the_true_negative_elbo() -> None:
-    """`loss` knows neither free bits nor KL weight, and builds no graph."""
+    """`loss` ignores free bits and KL weight, and builds no graph."""
     model, guide, mu_1, _ = shifted_pair()
     elbo = FreeBitsELBO(50.0, analytic_kl=True, kl_weight=0.1)
     log_likelihood = -0.5 * (DATA**2 + math.log(2 * math.pi)).sum()

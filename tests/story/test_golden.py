@@ -1,4 +1,4 @@
-"""Agreement with the reference network: its numbers, from its weights and its noise.
+"""Agreement with the reference network: the same numbers from its weights and its noise.
 
 Every case runs through the actual model, guide and ELBO; the noise enters by a Pyro handler.
 GOLDEN_DIR in the environment points to another folder of cases.
@@ -37,7 +37,7 @@ NATS: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-3}
 
 
 class Noise(Messenger):
-    """Draws each reparameterised latent from noise written down: z_i = mean + scale * eps_i."""
+    """Draws each reparameterised latent from recorded noise: z_i = mean + scale * eps_i."""
 
     def __init__(self, noise: list[Tensor]) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ def test_evaluation_loss(case: Case) -> None:
 
 
 def test_prior(case: Case) -> None:
-    """The likelihood's parameters that latents from the prior decode to."""
+    """The likelihood's parameters, decoded from latents of the prior."""
     decoded = decode_prior(case)
     keys = {key for key in case.arrays.files if key.startswith("prior/params_")}
     assert {f"prior/params_{name}" for name in decoded} == keys

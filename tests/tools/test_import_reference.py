@@ -71,7 +71,7 @@ def test_weights_become_a_run(tmp_path: Path) -> None:
 
 
 def test_training_cannot_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The original's checkpoint has no optimizer state."""
+    """The checkpoint of the original implementation has no optimizer state."""
     arguments = command(tmp_path / "run", WEIGHTS, "--batch-size", "4")
     assert import_reference.main(arguments) == 0
     monkeypatch.setattr(datasets, "load", made_images)
@@ -134,10 +134,10 @@ def test_trained_weights_give_a_trained_ladder() -> None:
         ({"gated": False}, "layers in"),
         (
             {"stochastic_skip": False},
-            "has no place for the weights top_down_layers.0.skip_connection_merger",
+            "has no weights top_down_layers.0.skip_connection_merger",
         ),
         ({"merge_type": "linear"}, ""),
-        ({"downsample": [1, 1, 0]}, "no place for the weights"),
+        ({"downsample": [1, 1, 0]}, "has no weights"),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from tools import export_weights, import_weights
 
 
 def test_imported_weights_score_the_same(trained_copy: Path, tmp_path: Path) -> None:
-    """To the last digit; the imported run holds the original one's moving average."""
+    """The scores are equal to the last digit; the imported run holds the moving average."""
     file, copy = tmp_path / "digits.safetensors", tmp_path / "copy"
     assert run(export_weights.main, trained_copy, "--out", file).code == 0
     result = run(import_weights.main, file, "--out", copy)

@@ -213,7 +213,7 @@ def test_a_diverged_training_is_reported(tmp_path: Path) -> None:
     [
         ("--nfilters 8", "--nfilters is 4 in the run to resume and cannot be changed to 8"),
         ("--seed 7", "--seed is 42 in the run to resume and cannot be changed to 7"),
-        ("--limit 298", "--limit is 298 but test has 297 images"),
+        ("--limit 298", "--limit is 298 but test has only 297 images"),
     ],
 )
 def test_another_command_does_not_continue_a_row(row: Path, changes: str, complaint: str) -> None:
@@ -243,11 +243,11 @@ def test_another_row_does_not_continue_a_row(row: Path) -> None:
         ("mnist-3 --minutes 1 --epochs 3", "--epochs has no effect here"),
         ("mnist-3 --minutes 1 --max-minutes 3", "--max-minutes has no effect here"),
         ("mnist-3 --minutes 1 --preset digits", "unrecognized arguments: --preset digits"),
-        ("mnist-3 --minutes 1 --samples 5 1", "--samples is 5 1; it must ascend"),
+        ("mnist-3 --minutes 1 --samples 5 1", "--samples is 5 1; give ascending numbers"),
         ("mnist-3 --minutes 1 --limit 0", "--limit: 0 is too small; it must be at least 1"),
         (
             "mnist-3 --steps 1 --dataset digits --limit 298",
-            "--limit is 298 but test has 297 images",
+            "--limit is 298 but test has only 297 images",
         ),
         ("mnist-3 --steps 1 --dataset digits --lr 0", "--lr is 0.0; it must be finite and posit"),
         ("mnist-3 --steps 1 --device tpu", "--device is 'tpu'; it must be auto, cpu, cuda or cud"),
@@ -291,7 +291,7 @@ def test_each_row_has_the_options_of_its_fast_preset(name: str) -> None:
 def test_celeba_is_evaluated_on_validation_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the original does, after training on the training images alone; here on made images."""
+    """As in the original implementation, training uses the training images only."""
     monkeypatch.setattr(datasets, "load", made_images)
     options = words(
         "--zdims 1 1 --downsample 1 1 --nfilters 2 --blocks-per-layer 1 --batch-size 4 --steps 1 "

@@ -1,9 +1,9 @@
-"""A recorded training step, rehearsed on the CPU.
+"""A recorded training step, simulated on the CPU.
 
-A CUDA graph replays kernels on the memory they were recorded on, and nothing else of the step. The
-stand-in here keeps the operations of one step with the tensors they read and wrote, and repeats
-them. A number that came from the host, or a tensor that was replaced instead of changed in place,
-shows in the following steps.
+A CUDA graph replays the kernels of a step on the memory that they were recorded with, and nothing
+else. The simulation records the operations of one step with the tensors that they read and wrote,
+and repeats them. If a number comes from the host, or a tensor is replaced instead of changed in
+place, the following steps differ.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ def rehearsal(
 ) -> Callable[[Callable[[], list[Tensor]]], list[Recording]]:
     """Lets `StepGraph` run on the CPU; returns the list of what it has recorded.
 
-    To be told which tensors a step changes: what is recorded on a GPU does not happen.
+    It must know which tensors a step changes: while a GPU records a step, they do not change.
     """
 
     def set_up(changed: Callable[[], list[Tensor]]) -> list[Recording]:
@@ -106,7 +106,7 @@ def images(step: int) -> Tensor:
 
 
 def tensors(svi: SVI) -> list[Tensor]:
-    """All that a step changes."""
+    """All tensors that a step changes."""
     assert svi.average is not None
     state = [value for entry in svi.optimizer.state.values() for value in entry.values()]
     guard = [value for value in vars(svi.guard).values() if isinstance(value, Tensor)]
@@ -128,7 +128,7 @@ def take_steps(svi: SVI, first: int, last: int) -> list[Tensor]:
 def test_a_recorded_step_goes_the_way_of_one_that_is_not(
     rehearsal: Callable[[Callable[[], list[Tensor]]], list[Recording]],
 ) -> None:
-    """To the bit: new noise, learning rate and KL weight at each step, and one step left out."""
+    """Bit for bit, with new noise, learning rate and KL weight at each step, and a skipped step."""
     plain, recorded = make_svi(False), make_svi(True)
     torch.manual_seed(1)
     losses = take_steps(plain, 0, 14)

@@ -133,7 +133,7 @@ def first_statistics(ranks: Ranks) -> list[Tensor]:
 
 
 def test_processes_start_with_the_same_weights_and_different_noise() -> None:
-    """And the warm-up pass changes nothing."""
+    """The warm-up pass changes neither weights nor statistics."""
 
     def work(ranks: Ranks) -> Any:
         loss_fn, _, _ = ladder(batchnorm=True)

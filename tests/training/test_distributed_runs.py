@@ -199,7 +199,7 @@ def test_options_that_do_not_suit_several_processes_are_refused(
 
 
 def test_a_run_with_synchronised_batch_normalisation_continues_in_one_process() -> None:
-    """Which has the whole batch anyway."""
+    """A single process has the whole batch, so it needs no synchronisation."""
     assert train_in(1, *LADDER, "--steps", 2, "--out", "run") == [0]
     run = Run.open(Path("run"))
     replace(run, config=replace(run.config, sync_bn=True)).write_config()

@@ -1,4 +1,4 @@
-"""Steps whose numbers go wrong are skipped; too many in a row end the run."""
+"""Steps that are not finite are skipped; too many in a row end the run."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -23,7 +23,7 @@ from tests.tiny_runs import LADDER, train
 
 
 def test_later_and_cut_off_entries_are_dropped(tmp_path: Path) -> None:
-    """Even if a killed run's last line lacks only its line break; the next entry is complete."""
+    """So is a last line without a line break, which a killed run leaves; the next is complete."""
     lines = ['{"step": 1, "a": 0.5}\n', '{"step": 3, "a": 0.25}\n', '{"step": 2, "a": 0.75}']
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     with Monitor(tmp_path, 2, None) as monitor:

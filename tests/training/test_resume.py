@@ -58,7 +58,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     Path("run/.config.json.0123abcd.part").write_text("half")
     capsys.readouterr()
     assert train(*RESUME) == 0
-    assert "run has no checkpoint yet: starts again\n" in capsys.readouterr().err
+    assert "run has no checkpoint yet; starting again\n" in capsys.readouterr().err
     assert differences(Path("whole"), Path("run")) == []
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(
     assert train(*RESUME) == 0
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning")]
     assert line.startswith(f"warning: {path} is damaged")
-    assert line.endswith("; resumes from step 6")
+    assert line.endswith("; resuming from step 6")
     assert differences(Path("whole"), Path("run")) == []
 
 

@@ -43,7 +43,7 @@ def images(n: int = 4, seed: int = 1) -> Tensor:
 
 
 def gradients(loss_fn: Any, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """The gradient per image of a copy of `loss_fn`, which is left as it is."""
+    """The gradient per image, computed on a copy of `loss_fn`."""
     twin = copy.deepcopy(loss_fn)
     torch.manual_seed(seed)
     (twin(x) / len(x)).backward()
@@ -205,7 +205,7 @@ def test_no_device_step_waits_for_the_device() -> None:
 
 
 def test_a_step_needs_no_number_at_all() -> None:
-    """On a device whose tensors have shapes alone, where whatever looks at a number fails."""
+    """A step runs on the meta device, whose tensors have shapes but no values."""
     loss_fn = make_loss(batchnorm=True, dropout=0.2).to("meta")
     optimizer = torch.optim.SGD(loss_fn.parameters(), lr=1e-2, momentum=0.9)
     average = MovingAverage(loss_fn, 0.9)
@@ -262,7 +262,7 @@ def test_a_spike_is_told_by_the_median_of_the_last_hundred_that_counted() -> Non
 
 
 def test_a_snapshot_is_put_back_to_the_bit() -> None:
-    """Of all types, over nan and infinity, negative zero included; or all stays as it is."""
+    """For all types, including nan, infinity and negative zero; or everything stays unchanged."""
     kinds = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool]
     for good in (True, False):
         tensors = [torch.tensor([-0.0, 1.0, 0.0]).to(kind) for kind in kinds]
@@ -276,7 +276,7 @@ def test_a_snapshot_is_put_back_to_the_bit() -> None:
         expected = changed if good else before
         assert_close(tensors, expected, rtol=0, atol=0, equal_nan=True)
         if not good:
-            assert [str(t) for t in tensors] == [str(t) for t in before]  # tells -0 from 0
+            assert [str(t) for t in tensors] == [str(t) for t in before]  # distinguishes -0 from 0
         zero_unless(tensors, torch.tensor(False))
         assert not any(tensor.any() for tensor in tensors)
 
@@ -374,11 +374,11 @@ def test_step_means_are_the_means_of_the_steps_terms() -> None:
     assert means.kl == pytest.approx(torch.stack(kls).mean(0).tolist(), rel=1e-5)
     assert means.grad_norm == pytest.approx(sum(norms) / 3, rel=1e-4)
     assert means.negative_elbo == pytest.approx(sum(means.kl) - means.log_likelihood)
-    assert svi.sums.peek() is None  # reading begins anew
+    assert svi.sums.peek() is None  # reading resets the sums
 
 
 def test_sums_go_on_in_another_process() -> None:
-    """A stop between two log entries leaves no trace in the second."""
+    """An interruption between two log entries does not change the second."""
     whole, first = (make_svi(), make_svi())
     for step in range(2):
         torch.manual_seed(step)
@@ -400,7 +400,7 @@ def make_svi() -> SVI:
 
 
 def test_evaluate_loss_is_the_true_negative_elbo() -> None:
-    """Neither free bits nor the KL weight enter it, and nothing is trained by it."""
+    """It ignores free bits and KL weight, and trains nothing."""
     loss_fn = make_loss(free_bits=5.0)
     svi = SVI(loss_fn, torch.optim.SGD(loss_fn.parameters(), lr=0.1))
     svi.elbo.kl_weight = 0.25

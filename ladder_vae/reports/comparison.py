@@ -121,8 +121,8 @@ def _describe_images(metrics: Metrics, is_whole: bool) -> str:
 def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Column]:
     """The columns called `names`, in that order; empty columns are skipped.
 
-    The names are those of `COLUMNS`; `seed` is the random seed of the training, `options` stands for the
-    training options that differ.
+    The names are those of `COLUMNS`; `seed` is the random seed of the training, and `options`
+    stands for the training options that differ.
     """
     images = same_images(runs)
     found = []

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import own_images, picture_folder, splits
+from datasets import folder, own_images, picture_folder, splits
 from datasets.own_images import OwnImages
 from tests.made_data import everything, levels, refusal
 
@@ -150,7 +150,7 @@ def test_arrays_of_every_layout(tmp_path: Path, layout: str) -> None:
         "bool": lambda a: a > 99,
         "01": lambda a: (a > 99).astype(np.uint8),
     }[layout]
-    np.savez(tmp_path / "a.npz", **{split: stored(a) for split, a in arrays.items()})  # type: ignore[arg-type]
+    np.savez(tmp_path / "a.npz", **{split: stored(a) for split, a in arrays.items()})
     own = prepare(tmp_path / "a.npz")
     assert (own.shape, own.counts) == ((channels, 6, 4), SPLITS)
     assert own.binary == (layout in ("bool", "01"))
@@ -194,10 +194,12 @@ def test_an_interrupted_preparation_continues(
     assert f"{last} is damaged" in refused(photos)
     last.write_bytes(whole)
     decoded: list[str] = []
-    original = picture_folder.read_picture
-    monkeypatch.setattr(
-        picture_folder, "read_picture", lambda path: decoded.append(path.name) or original(path)
-    )
+
+    def counted(path: Path) -> np.ndarray:
+        decoded.append(path.name)
+        return folder.read_picture(path)
+
+    monkeypatch.setattr(picture_folder, "read_picture", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set())  # decode in this process
     own = prepare(photos)
     assert len(decoded) == 2  # ten pictures in blocks of 4, 4 and 2

@@ -34,12 +34,10 @@ from ladder_vae.runs.command_line import (
     OneLineParser,
     add_options,
     as_user_errors,
-    config_from,
-    config_of,
     given_options,
-    requested_options,
     with_lengths,
 )
+from ladder_vae.runs.config_file import config_for, config_from, requested_options
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
@@ -68,7 +66,7 @@ def build_trainer(
         check_batch_size(config.batch_size, ranks)
     images, held_out = ranks.in_turns(
         lambda: [
-            datasets.load(config.dataset, split, data_dir).to(device)
+            datasets.load(config.data, split, data_dir).to(device)
             for split in (config.train_split, config.held_out_split)
         ]
     )
@@ -226,9 +224,11 @@ def prepare(
         torch.cuda.set_device(device)
     data_dir = arguments.data_dir
     if arguments.resume is not None:
-        if arguments.preset or arguments.out or arguments.dry_run or arguments.init_from:
+        combined = ("preset", "config", "out", "dry_run", "init_from")
+        if any(getattr(arguments, name) for name in combined):
             raise UserError(
-                "--resume cannot be combined with --preset, --out, --dry-run or --init-from"
+                "--resume cannot be combined with --preset, --config, --out, --dry-run or "
+                "--init-from"
             )
         changes = with_lengths(given_options(arguments))
         return resume(
@@ -237,12 +237,13 @@ def prepare(
     if ranks.share(is_begun(arguments, launch)):
         return resume(arguments.out, device=device, data_dir=data_dir, ranks=ranks)
     initial = None
-    with ranks.together():
-        if arguments.init_from is not None:
+    if arguments.init_from is None:
+        config = ranks.in_turns(lambda: config_from(arguments))
+    else:
+        with ranks.together():
             initial = InitialWeights.load(arguments.init_from)
-            config = config_of(initial.options(requested_options(arguments)))
-        else:
-            config = config_from(arguments)
+            options = initial.options(requested_options(arguments))
+        config = ranks.in_turns(lambda: config_for(options, arguments.data_dir))
     path = None if arguments.dry_run else arguments.out or default_folder(config, arguments.preset)
     numbered = arguments.out is None
     return begin(
@@ -284,8 +285,9 @@ def is_begun(arguments: argparse.Namespace, launch: Launch) -> bool:
 
 
 def default_folder(config: RunConfig, preset: str | None) -> Path:
-    """A new folder under runs/, named after the preset or the data set, and the time."""
-    words = [preset or f"{config.dataset}-{len(config.ladder.z_dims)}-layers"]
+    """A new folder under runs/, named after the preset or the data, and the time."""
+    data = config.own.name if config.own else config.dataset
+    words = [preset or f"{data}-{len(config.ladder.z_dims)}-layers"]
     if config.descr:
         words.append("-".join(config.descr.split()).replace(os.sep, "-"))
     words.append(datetime.now().strftime("%Y%m%d-%H%M%S"))

@@ -53,7 +53,8 @@ CPU = torch.device("cpu")
 
 SETTING = (
     "--zdims 8 8 8 --downsample 1 1 1 --blocks-per-layer 1 --nfilters 16 --skip --gated "
-    "--learn-top-prior --data-dep-init --freebits 0.5 --dataset static_mnist --batch-size 64"
+    "--learn-top-prior --data-dep-init --freebits 0.5 --dataset static_mnist "
+    "--train-split train+valid --batch-size 64"
 )
 LOG_INTERVAL = 50
 PLAIN = "float32"  # the others are compared with it

@@ -8,22 +8,23 @@ from runtime import random as draws
 from runtime.errors import UserError
 
 # The second part of a random key names the purpose of the draw.
-_ORDER, _NOISE = 0, 1
+_ORDER, _NOISE, _FLIP = 0, 1, 2
 
 
 class TrainingBatches:
     """Batches of shuffled images: `batches(step)` is float32 (batch_size, C, H, W) in [0, 1].
 
     Each epoch shuffles the images and drops the last batch if it is incomplete. Order and
-    binarization noise depend on `seed` and `step` alone, so a resumed run sees the same images as
-    an uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a
-    CPU and a GPU draw different noise.)
+    binarization noise depend on `seed` and `step` alone, so a resumed run sees the same images as an
+    uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a CPU
+    and a GPU draw different noise.) With `flip`, each image is flipped horizontally with
+    probability 1/2, each time again.
 
     Raises:
         UserError: `batch_size` is below 1 or above the number of images, or `seed` is negative.
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, seed: int) -> None:
+    def __init__(self, images: ImageSet, batch_size: int, seed: int, *, flip: bool = False) -> None:
         if not 1 <= batch_size <= len(images):
             raise UserError(
                 f"batch size {batch_size} does not fit the {len(images)} images of {images.name} "
@@ -34,6 +35,7 @@ class TrainingBatches:
         self.images = images
         self.batch_size = batch_size
         self.seed = seed
+        self.flip = flip
         self.steps_per_epoch = len(images) // batch_size
         self._generator = torch.Generator(images.device)
         self._epoch = -1
@@ -50,8 +52,14 @@ class TrainingBatches:
         chosen = slice(number * size, (number + 1) * size)
         self._generator.manual_seed(draws.torch_seed(self.seed, _NOISE, step))
         if self.images.is_noisy:  # draw the whole batch's noise, so that parts agree with the whole
-            return self.images.batch(index, self._generator)[chosen]
-        return self.images.batch(index[chosen], self._generator)
+            x = self.images.batch(index, self._generator)[chosen]
+        else:
+            x = self.images.batch(index[chosen], self._generator)
+        if not self.flip:
+            return x
+        self._generator.manual_seed(draws.torch_seed(self.seed, _FLIP, step))
+        drawn = torch.rand(self.batch_size, generator=self._generator, device=self.images.device)
+        return torch.where(drawn[chosen, None, None, None] < 0.5, x.flip(-1), x)
 
     def _index(self, step: int) -> Tensor:
         epoch, position = divmod(step, self.steps_per_epoch)

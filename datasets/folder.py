@@ -8,7 +8,8 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Pillow would run Ghostscript on PostScript.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ORIENTATION = 0x0112  # the Exif tag
 # Pillow's modes of at most 8 bits per channel, in the display's colours.
 _GREY, _COLOUR = {"1", "L", "LA"}, {"P", "PA", "RGB", "RGBA"}
 
@@ -80,6 +82,22 @@ def _visible_images(paths: Iterable[Path]) -> list[Path]:
     ]
 
 
+def picture_header(path: Path) -> tuple[int, int, int]:
+    """(C, H, W) of what `read_picture` returns for an image file, from the file's header alone.
+
+    Raises:
+        UserError: the file is damaged or no image.
+    """
+    from PIL import Image
+
+    with _opened(path) as image:
+        width, height = image.size
+        # A PNG's own method would decode the picture.
+        if Image.Image.getexif(image).get(_ORIENTATION, 1) >= 5:  # rotated by a quarter
+            width, height = height, width
+        return (3 if image.mode in _COLOUR else 1, height, width)
+
+
 def read_picture(path: Path) -> np.ndarray:
     """The levels of an image file: uint8 (H, W, 1) if it is grey, (H, W, 3) if it is in colour.
 
@@ -112,18 +130,25 @@ def _decoded(path: Path) -> tuple["Image.Image", int, bool]:
 
     A deep file has more than 8 bits per channel, which Pillow drops if there are several channels.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
+
+    with _opened(path) as image:
+        frames = getattr(image, "n_frames", 1)
+        is_deep = _is_deep(image)  # before decoding forgets it
+        return ImageOps.exif_transpose(image), frames, is_deep  # a copy, completely decoded
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator["Image.Image"]:
+    """An image file, not decoded yet; Pillow's errors inside become `UserError`s."""
+    from PIL import Image
 
     with reading(path):
         content = io.BytesIO(path.read_bytes())
     try:
         with warnings.catch_warnings(action="ignore"):
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(content, formats=_FORMATS)
-            frames = getattr(image, "n_frames", 1)
-            is_deep = _is_deep(image)  # before decoding forgets it
-            # A copy, completely decoded.
-            return ImageOps.exif_transpose(image), frames, is_deep
+            yield Image.open(content, formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
             f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: give a smaller image"

@@ -1,12 +1,13 @@
 """`NAME.npy` for images that do not fit into memory: written row by row, and memory-mapped.
 
-`NAME.json` beside it holds its size, its SHA-256, and the SHA-256 of blocks spread over the file.
-Each load checks size and blocks only, because reading all of a large file would take too long.
+`NAME.json` beside it holds its size, its SHA-256, the SHA-256 of blocks spread over the file, and
+what else the writer records. Each load checks size and blocks only, because reading all of a large
+file would take too long.
 """
 
 import hashlib
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,8 +20,15 @@ _BLOCKS = 64
 _BLOCK = 1 << 16  # bytes
 
 
-def write_mapped(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray]) -> None:
+def write_mapped(
+    path: Path,
+    shape: tuple[int, ...],
+    rows: Iterable[np.ndarray],
+    origin: Mapping[str, Any] = {},
+) -> None:
     """Write the uint8 array of `shape` that consists of `rows`, completely or not at all.
+
+    `origin` is added to the record.
 
     Raises:
         UserError: a file cannot be written.
@@ -33,7 +41,8 @@ def write_mapped(path: Path, shape: tuple[int, ...], rows: Iterable[np.ndarray])
             digest.update(chunk)
         file.flush()
         # The record comes first, so that an array with its final name always has one.
-        write_json(record_path(path), _record(Path(file.name)) | {"sha256": digest.hexdigest()})
+        checksums = _record(Path(file.name)) | {"sha256": digest.hexdigest()}
+        write_json(record_path(path), checksums | dict(origin))
 
     write_atomically(path, write)
 

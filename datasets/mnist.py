@@ -5,16 +5,13 @@ Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits". C
 `test_labels` (10000,), all uint8 and in MNIST's own order.
 """
 
-import gzip
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from datasets.cache import Contents, load_arrays
-from datasets.download import PublishedFile, published
-from datasets.images import DynamicallyBinarizedImages, ImageSet, PackedImages, Shape
-from runtime import random as draws
+from datasets.grey import binarized, published_idx, rows_of
+from datasets.images import ImageSet, Shape
 
 SHAPE: Shape = (1, 28, 28)
 BINARY = True
@@ -33,8 +30,6 @@ CONTENTS = {
     ),
 }
 VALID_IMAGES = 10_000  # the last of the training images
-_SEED = 0
-_BINARIZATION = {"valid": 0, "test": 1}
 
 
 def load(split: str, data_dir: Path) -> ImageSet:
@@ -47,38 +42,12 @@ def load(split: str, data_dir: Path) -> ImageSet:
     Raises:
         UserError: a file has unexpected contents, or cannot be downloaded, read or written.
     """
+    return binarized("mnist", split, grey(split, data_dir))
+
+
+def grey(split: str, data_dir: Path) -> np.ndarray:
+    """The grey levels of one split: uint8 (N, 28, 28)."""
     path = data_dir / "mnist.npz"
     source = "test" if split == "test" else "train"
-    grey = load_arrays(path, CONTENTS, [source], lambda: _published(path))[source]
-    images = _rows(grey, split)[:, np.newaxis]
-    if split in _BINARIZATION:
-        binary = draws.bernoulli(images / 255, _SEED, _BINARIZATION[split])
-        return PackedImages.pack("mnist", split, binary)
-    return DynamicallyBinarizedImages("mnist", split, SHAPE, torch.from_numpy(images))
-
-
-def _rows(grey: np.ndarray, split: str) -> np.ndarray:
-    if split == "train":
-        return grey[:-VALID_IMAGES]
-    if split == "valid":
-        return grey[-VALID_IMAGES:]
-    return grey
-
-
-def _published(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the four published files, whose URLs and MD5 torchvision lists."""
-    from torchvision.datasets import MNIST
-
-    sources = [
-        PublishedFile([mirror + name for mirror in MNIST.mirrors], md5)
-        for name, md5 in MNIST.resources
-    ]
-    arrays = {}
-    with published(path, sources) as files:
-        for split, prefix in (("train", "train"), ("test", "t10k")):
-            images = gzip.decompress(files[f"{prefix}-images-idx3-ubyte.gz"].read_bytes())
-            labels = gzip.decompress(files[f"{prefix}-labels-idx1-ubyte.gz"].read_bytes())
-            # The IDX format: a header of 16 or 8 bytes, then the values in C order.
-            arrays[split] = np.frombuffer(images, np.uint8, offset=16).reshape(-1, *SHAPE[1:])
-            arrays[f"{split}_labels"] = np.frombuffer(labels, np.uint8, offset=8)
-    return arrays
+    images = load_arrays(path, CONTENTS, [source], lambda: published_idx(path, "MNIST"))[source]
+    return rows_of(images, split, VALID_IMAGES)

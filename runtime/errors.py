@@ -1,9 +1,10 @@
 """The exception for a user's mistakes, and how scripts report it."""
 
+import difflib
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from runtime.output import protect_output
 from runtime.signals import raising_interrupted
@@ -20,6 +21,12 @@ class UserError(Exception):
 def one_line(text: str) -> str:
     """`text` with line breaks and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known word that is most like `word`; empty if none is."""
+    close = difflib.get_close_matches(word, list(known), 1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run_command(main: Callable[[], int], advice: str = "") -> None:

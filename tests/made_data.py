@@ -18,10 +18,20 @@ import numpy as np
 import pytest
 import torch
 from scipy.io import savemat  # type: ignore[import-untyped]
-from torchvision.datasets import CIFAR10, MNIST, SVHN
+from torchvision.datasets import CIFAR10, KMNIST, MNIST, SVHN, FashionMNIST
 
-from datasets import ImageSet, cifar10, mnist, static_mnist, svhn
+from datasets import (
+    ImageSet,
+    cifar10,
+    fashion_mnist,
+    kmnist,
+    mnist,
+    omniglot,
+    static_mnist,
+    svhn,
+)
 from datasets.cache import Contents
+from datasets.download import PublishedFile
 from runtime import random as draws
 from runtime.errors import UserError
 
@@ -110,6 +120,19 @@ def make_static_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
 
 
 def make_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return make_idx(server, monkeypatch, mnist, MNIST)
+
+
+def make_fashion_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return make_idx(server, monkeypatch, fashion_mnist, FashionMNIST)
+
+
+def make_kmnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
+    return make_idx(server, monkeypatch, kmnist, KMNIST)
+
+
+def make_idx(server: Server, monkeypatch: pytest.MonkeyPatch, module: Any, listed: Any) -> Made:
+    """Twelve training and six test images in MNIST's format."""
     arrays: dict[str, np.ndarray] = {}
     resources = []
     for split, prefix, count in (("train", "train", 12), ("test", "t10k", 6)):
@@ -122,10 +145,24 @@ def make_mnist(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
             name = f"{prefix}-{kind}-ubyte.gz"
             server.files[name] = body
             resources.append((name, hashlib.md5(body).hexdigest()))
-    monkeypatch.setattr(MNIST, "mirrors", [server.url])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setattr(mnist, "CONTENTS", contents(arrays))
-    monkeypatch.setattr(mnist, "VALID_IMAGES", 4)
+    monkeypatch.setattr(listed, "mirrors", [server.url])
+    monkeypatch.setattr(listed, "resources", resources)
+    monkeypatch.setattr(module, "CONTENTS", contents(arrays))
+    monkeypatch.setattr(module, "VALID_IMAGES", 4)
+    return Made(server, arrays)
+
+
+def make_omniglot(server: Server, monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Nine training and six test images in the published .mat file: an image is a column."""
+    arrays = {"train": levels(9, 28, 28), "test": levels(6, 28, 28)}
+    columns = {name: a.transpose(2, 1, 0).reshape(784, -1) / 255 for name, a in arrays.items()}
+    file = io.BytesIO()
+    savemat(file, {"data": columns["train"], "testdata": columns["test"]})
+    server.files["chardata.mat"] = file.getvalue()
+    md5 = hashlib.md5(file.getvalue()).hexdigest()
+    monkeypatch.setattr(omniglot, "FILE", PublishedFile([server.url + "chardata.mat"], md5))
+    monkeypatch.setattr(omniglot, "CONTENTS", contents(arrays))
+    monkeypatch.setattr(omniglot, "VALID_IMAGES", 4)
     return Made(server, arrays)
 
 

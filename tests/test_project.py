@@ -34,7 +34,7 @@ OWN = {path.stem for path in ROOT.glob("*.py")} | {
     *("benchmarks", "datasets", "ladder_vae", "runtime", "tests", "tools")
 }
 # The distribution that an import comes from, if its name differs.
-DISTRIBUTIONS = {"PIL": "pillow", "pyro": "pyro-ppl", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"PIL": "pillow", "pyro": "pyro-ppl", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Installed with pytest, which needs it; and what a user may install.
 WITH_OTHERS = {"packaging", "huggingface_hub"}
 
@@ -245,7 +245,7 @@ def test_every_option_of_a_run_is_on_the_command_line_with_its_default(wide: Non
     [
         (
             train_svi.main,
-            {"--help", "--nocuda", "--dry-run", "--preset", "--resume", "--init-from"},
+            {"--help", "--nocuda", "--dry-run", "--preset", "--config", "--resume", "--init-from"},
         ),
         (evaluate.main, {"--help"}),
         (reproduce.main, {"--help", "--minutes", "--out", "--dry-run"}),

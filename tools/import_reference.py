@@ -22,7 +22,8 @@ from guide import LadderGuide, build_ladder
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.blocks import ResidualBlock
 from ladder_vae.runs.checkpoint import load_tensors, weights_only
-from ladder_vae.runs.command_line import OneLineParser, add_options, at_least, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options, at_least
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.run import Run
 from model import LadderModel
 from runtime.errors import UserError, run_command
@@ -231,6 +232,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    if "train_split" not in arguments:
+        arguments.train_split = "train+valid"  # what the original implementation trains on
     config = config_from(arguments)
     image_shape = datasets.image_shape(config.dataset)
     model, guide = build_ladder(config.ladder, image_shape)

@@ -4,7 +4,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from ladder_vae.runs.command_line import OneLineParser, add_options, at_least, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options, at_least
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from runtime.files import path_argument

@@ -11,6 +11,9 @@ from torch.distributions import kl_divergence
 
 from ladder_vae.evaluation.interfaces import Guide, Images
 
+# A latent channel is active if its KL, averaged over images, exceeds this many nats.
+ACTIVE_KL = 0.01
+
 
 class Layer(NamedTuple):
     """One stochastic layer in the guide's last pass over N images."""

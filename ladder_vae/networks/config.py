@@ -66,7 +66,7 @@ def _has_type(value: Any, expected: Any) -> bool:
 
 def _type_name(expected: Any) -> str:
     if get_origin(expected) is list:
-        return "a list of whole numbers, one for each layer"
+        return "a list of whole numbers"
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[expected]
 
 

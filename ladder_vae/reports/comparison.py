@@ -6,19 +6,27 @@ on the log-likelihood in nats: lower is better.
 
 import csv
 import io
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ladder_vae.evaluation.folders import evaluation_folders
 from ladder_vae.evaluation.metrics import Metrics
+from ladder_vae.reports.sweep import (
+    Options,
+    mean_and_deviation,
+    option_columns,
+    seed_groups,
+    training_options,
+)
 from ladder_vae.reports.tables import Column, markdown, number
 from runtime.errors import UserError
 from runtime.files import exists, write_text
 
 # The columns in their order; `bounds` stands for the ELBO and every number of samples.
 COLUMNS = (
-    *("run", "data", "likelihood", "layers", "parameters", "step", "weights"),
+    *("run", "data", "likelihood", "layers", "parameters", "seed", "options", "step", "weights"),
     *("bounds", "kl", "minutes", "origin"),
 )
 _INTRODUCTION = (
@@ -27,12 +35,18 @@ _INTRODUCTION = (
     "likelihood is in bold."
 )
 
+_SEEDS = (
+    "Runs that differ by their training seed alone: mean of their bounds ± standard deviation over "
+    "the runs."
+)
+
 
 class Scored(NamedTuple):
-    """An evaluation, and its name in the table."""
+    """An evaluation, its name in the table, and the training options if they are known."""
 
     name: str
     metrics: Metrics
+    options: Options | None = None
 
     @classmethod
     def read(cls, path: Path) -> "Scored":
@@ -41,7 +55,8 @@ class Scored(NamedTuple):
         Raises `UserError` if there is no evaluation, or it is damaged.
         """
         name = str(path) if path.name else path.resolve().name
-        return cls(name, Metrics.read(_metrics_file(path)))
+        file = _metrics_file(path)
+        return cls(name, Metrics.read(file), training_options(file))
 
 
 def _metrics_file(path: Path) -> Path:
@@ -104,13 +119,16 @@ def _describe_images(metrics: Metrics, is_whole: bool) -> str:
 def columns(runs: Sequence[Scored], names: Iterable[str] = COLUMNS) -> list[Column]:
     """The columns called `names`, in that order; empty columns are skipped.
 
-    The names are those of `COLUMNS`, and `seed` for the random seed of the training.
+    The names are those of `COLUMNS`; `seed` is the random seed of the training, and `options`
+    stands for the training options that differ.
     """
     groups = comparable(runs)
     found = []
     for name in names:
         if name == "bounds":
             found += [_bound_column(runs, key, groups) for key in _bound_keys(runs)]
+        elif name == "options":
+            found += option_columns([run.options for run in runs])
         elif name == "data":
             found.append(Column(name, same_images(runs), is_number=False))
         else:
@@ -126,7 +144,6 @@ def _bound_keys(runs: Sequence[Scored]) -> list[str]:
 
 
 def _bound_column(runs: Sequence[Scored], key: str, groups: Sequence[str | None]) -> Column:
-    header = "ELBO" if key == "elbo" else f"{int(key):,} sample{'s' * (int(key) != 1)}"
     values = [run.metrics.bound(key) for run in runs]
     best = set()
     for group in set(groups) - {None}:
@@ -138,7 +155,13 @@ def _bound_column(runs: Sequence[Scored], key: str, groups: Sequence[str | None]
         }
         if len(shown) > 1:
             best |= {row for row, value in shown.items() if value == min(shown.values())}
-    return Column(header, [_bound_cell(run.metrics, key) for run in runs], best=frozenset(best))
+    return Column(
+        _bound_name(key), [_bound_cell(run.metrics, key) for run in runs], best=frozenset(best)
+    )
+
+
+def _bound_name(key: str) -> str:
+    return "ELBO" if key == "elbo" else f"{int(key):,} sample{'s' * (int(key) != 1)}"
 
 
 def _decimals(nats: float) -> int:
@@ -213,12 +236,13 @@ def _record(run: Scored, keys: Sequence[str]) -> dict[str, Any]:
     metrics = run.metrics
     record: dict[str, Any] = {"run": run.name}
     for name in (
-        *("dataset", "split", "n_images", "levels", "limit", "seed"),
+        *("dataset", "split", "n_images", "levels", "limit"),
         *("likelihood", "likelihood_kind"),
         *("layers", "parameters", "step", "weights"),
     ):
         record[name] = getattr(metrics, name)
     record["limit"] = metrics.limit or None
+    record |= {"seed": metrics.training_seed, "evaluation_seed": metrics.seed}
     for key in keys:
         name = "negative_elbo" if key == "elbo" else f"negative_bound_{key}_samples"
         record[name] = metrics.bound(key)
@@ -231,14 +255,70 @@ def _record(run: Scored, keys: Sequence[str]) -> dict[str, Any]:
     return record
 
 
+def in_order(runs: Sequence[Scored]) -> list[Scored]:
+    """Comparable runs beside each other, and of those the best first.
+
+    The best has the lowest of the tightest bounds that all runs of the group have.
+    """
+    groups: dict[str | None, list[Scored]] = {}
+    for run, name in zip(runs, comparable(runs), strict=True):
+        groups.setdefault(name, []).append(run)
+    ordered = []
+    for group in groups.values():
+        shared = [k for k in _bound_keys(group) if all(_finite(run, k) for run in group)]
+        key = shared[-1] if shared else "elbo"
+        ordered += sorted(group, key=lambda run: _finite(run, key) or (math.inf,))
+    return ordered
+
+
+def _finite(run: Scored, key: str) -> tuple[float, ...]:
+    """The bound, as a tuple that is empty if it is not known."""
+    value = run.metrics.bound(key)
+    return () if value is None else (value,)
+
+
+def over_seeds(runs: Sequence[Scored]) -> str:
+    """A table of the runs that differ by their training seed alone; empty if there are none."""
+    images = same_images(runs)
+    groups = seed_groups(
+        [
+            (run.options, run.metrics.training_seed, (image, run.metrics.step, run.metrics.weights))
+            for run, image in zip(runs, images, strict=True)
+        ]
+    )
+    if not groups:
+        return ""
+    keys = _bound_keys(runs)
+    found = [
+        Column("runs", [", ".join(runs[row].name for row in rows) for rows in groups], False),
+        Column("data", [images[rows[0]] for rows in groups], False),
+        Column(
+            "seeds",
+            [" ".join(str(runs[r].metrics.training_seed) for r in g) for g in groups],
+            False,
+        ),
+        *(
+            Column(_bound_name(key), [_over_seeds([runs[r] for r in g], key) for g in groups])
+            for key in keys
+        ),
+    ]
+    table = markdown([column for column in found if any(column.cells)])
+    return f"\n{_SEEDS}\n\n{table}\n"
+
+
+def _over_seeds(runs: Sequence[Scored], key: str) -> str:
+    values = [value for run in runs for value in _finite(run, key)]
+    return mean_and_deviation(values, _decimals(values[0])) if len(values) == len(runs) else ""
+
+
 def compare(paths: Sequence[Path], folder: Path | None = None) -> str:
-    """One table of the runs at `paths`, in that order, as Markdown.
+    """The runs at `paths` as Markdown: a table, and one of those that differ by seed alone.
 
     A path is a run folder (its newest evaluation), the folder of an evaluation, or a metrics.json.
     Writes `comparison.md` and `comparison.csv` into `folder`, if there is one. Raises `UserError`
     if a path has no evaluation, or a file cannot be written.
     """
-    runs = [Scored.read(path) for path in paths]
+    runs = in_order([Scored.read(path) for path in paths])
     text = f"{_INTRODUCTION}\n\n{markdown(columns(runs))}\n"
     groups = dict.fromkeys(comparable(runs))
     if len(groups) > 1:
@@ -246,6 +326,7 @@ def compare(paths: Sequence[Path], folder: Path | None = None) -> str:
             "\nRows with different images or kinds of likelihood cannot be compared: "
             f"{'; '.join(group or 'rows of unknown likelihood' for group in groups)}.\n"
         )
+    text += over_seeds(runs)
     if folder is not None:
         rows = comma_separated(runs)
         write_text(folder / "comparison.md", text)

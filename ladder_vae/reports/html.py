@@ -269,7 +269,8 @@ def _newest_images(folder: Path) -> list[Image]:
 def _options(config: RunConfig) -> dict[str, Any]:
     """The options that differ from their defaults, the other options, and a command for the run."""
     # An option that is `auto` by default has the value that auto means for this data set.
-    defaults = RunConfig.of(dataset=config.dataset).options() | {"dataset": RunConfig.dataset}
+    of_data = RunConfig.of(dataset=config.dataset, own=config.own)
+    defaults = of_data.options() | {"dataset": RunConfig.dataset}
     values = {name: config.options()[name] for name in OPTIONS}
     changed = [name for name, value in values.items() if value != defaults[name]]
     kept = [name for name in values if name not in changed]

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args, get_origin
 
+from datasets.own_images import OwnImages
 from ladder_vae.networks import LadderConfig
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
-from runtime.errors import UserError
+from runtime.errors import UserError, did_you_mean
+from runtime.files import path_argument
 
 # Flags of the original implementation that differ from the option's name.
 _FLAGS = {
@@ -23,8 +25,8 @@ _FLAGS = {
 }
 _LENGTHS: dict[str, Any] = {"steps": 0, "epochs": 0, "max_minutes": 0.0}
 _LIKELIHOOD_HELP = (
-    "distribution of x given z; auto is bernoulli for binary images and discr_log_mix for 8-bit "
-    "ones"
+    "distribution of x given z; auto is bernoulli for binary images, discr_log_mix for 8-bit RGB "
+    "ones and discr_log for 8-bit grey ones"
 )
 OPTIONS: dict[str, dataclasses.Field[Any]] = {
     field.name: field
@@ -41,7 +43,12 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
+        advice = ""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            advice = did_you_mean(choice[1], re.findall(r"[^\s',]+", choice[2]))
+        elif unknown := re.search(r"unrecognized arguments: (?:.* )?(--[^\s=]+)", message):
+            advice = did_you_mean(unknown[1], self._option_string_actions)
+        raise UserError(f"{message}{advice} (see --help)")
 
 
 def flag(name: str) -> str:
@@ -76,11 +83,21 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--preset` and all options of `RunConfig`; the namespace holds only those given."""
+    """Add `--preset`, `--config` and all options of `RunConfig`.
+
+    The namespace holds only the options that are given.
+    """
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         help="a named configuration; other options override it, and a length replaces its length",
+    )
+    parser.add_argument(
+        "--config",
+        type=path_argument,
+        metavar="FILE",
+        help="options from a file, .json (such as a run's config.json), .yaml or .toml; they "
+        "override the preset, and other options override them",
     )
     add_run_options(parser)
 
@@ -129,21 +146,7 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
-def requested_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of the preset, overridden by the given ones, by name.
-
-    A given length replaces all lengths of the preset.
-    """
-    preset = PRESETS[arguments.preset] if arguments.preset else {}
-    return preset | with_lengths(given_options(arguments))
-
-
-def config_from(arguments: argparse.Namespace) -> RunConfig:
-    """The defaults, overridden by the requested options."""
-    return config_of(requested_options(arguments))
-
-
-def config_of(options: dict[str, Any]) -> RunConfig:
+def config_of(options: dict[str, Any], own: OwnImages | None = None) -> RunConfig:
     """Like `RunConfig.of`, but raises `UserError`, which names the flag."""
     with as_user_errors():
-        return RunConfig.of(**options)
+        return RunConfig.of(**options, own=own)

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
+from datasets import DataSet
+from datasets.own_images import OwnImages
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.config import FRACTION, NOT_NEGATIVE, Check, check_settings, setting
 from ladder_vae.networks.precision import COMPILE, PRECISIONS
+from runtime.errors import did_you_mean
 
 SEED: Check = (lambda value: 0 <= value < 2**63, "at least 0 and below 2**63")
 AT_LEAST_ONE: Check = (lambda value: value >= 1, "at least 1")
 PRINTABLE: Check = (str.isprintable, "printable text on one line")
+IMAGE_SIZE: Check = (lambda value: 0 <= value <= 4096, "at least 1 and at most 4096")
 POSITIVE: Check = (lambda value: 0 < value < math.inf, "finite and positive")
 
 
@@ -20,18 +24,35 @@ POSITIVE: Check = (lambda value: 0 < value < math.inf, "finite and positive")
 class RunConfig:
     """The configuration of a run: architecture, data, objective, optimisation and monitoring.
 
-    The defaults are those of the original implementation. Raises `ValueError` for invalid values.
+    The defaults are those of the original implementation, except that it trains on `train+valid`.
+    Raises `ValueError` for invalid values.
     """
 
     ladder: LadderConfig = dataclasses.field(default_factory=LadderConfig)
 
-    dataset: str = setting("static_mnist", "data set", choices=datasets.NAMES, group="data")
+    dataset: str = setting(
+        "static_mnist",
+        f"data set: {', '.join(datasets.NAMES)}; or your own images: a folder of pictures, a .npy "
+        "or a .npz file",
+        group="data",
+    )
+    image_size: list[int] = setting(
+        [0, 0],
+        "height and width to which your own images are cropped and resized; 0 0 for the size that "
+        "all of them have",
+        check=IMAGE_SIZE,
+        group="data",
+    )
+    flip: bool = setting(False, "flip training images horizontally at random", group="data")
     train_split: str = setting(
-        "train+valid",
-        "images to train on; with `train`, evaluations during training use the validation images",
+        "train",
+        "images to train on; evaluations during training use the validation images or, with "
+        "train+valid, the test images",
         choices=("train", "train+valid"),
         group="data",
     )
+    # What is recorded of the user's own images; None for a data set with a name.
+    own: OwnImages | None = None
 
     objective: str = setting(
         "elbo",
@@ -188,7 +209,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.ladder.likelihood == "bernoulli" and not datasets.is_binary(self.dataset):
+        object.__setattr__(self, "image_size", list(self.image_size))
+        self._check_data()
+        if self.ladder.likelihood == "bernoulli" and not datasets.is_binary(self.data):
             raise ValueError(
                 f"`likelihood` is bernoulli but the images of {self.dataset} are not binary; "
                 "it must be one of discr_log_mix, discr_log, gaussian"
@@ -210,22 +233,43 @@ class RunConfig:
                 "`lr_decay` needs the run's length: give `steps`, `epochs` or `max_minutes`"
             )
 
+    def _check_data(self) -> None:
+        if self.own is None and self.dataset not in datasets.NAMES:
+            raise ValueError(
+                f"`dataset` is {self.dataset!r}; it must be one of {', '.join(datasets.NAMES)}, or "
+                f"the path of your own images{did_you_mean(self.dataset, datasets.NAMES)}"
+            )
+        if len(self.image_size) != 2 or (0 in self.image_size and any(self.image_size)):
+            raise ValueError(
+                f"`image_size` is {self.image_size}; it must be a height and a width, at least 1"
+            )
+        if self.own is None and any(self.image_size):
+            raise ValueError(
+                f"`image_size` is for your own images; those of {self.dataset} have one size"
+            )
+
     @classmethod
-    def of(cls, **options: Any) -> "RunConfig":
+    def of(cls, *, own: OwnImages | None = None, **options: Any) -> "RunConfig":
         """A configuration from options by name, architecture included.
 
-        `likelihood` "auto", the default, means bernoulli for binary images and discr_log_mix for
-        8-bit ones. Raises `ValueError` for invalid values, `TypeError` for unknown names.
+        `likelihood` "auto", the default, means bernoulli for binary images, discr_log_mix for
+        8-bit RGB ones and discr_log for 8-bit grey ones. `own` describes the images if `dataset`
+        is a path. Raises `ValueError` for invalid values, `TypeError` for unknown names.
         """
         names = {field.name for field in dataclasses.fields(LadderConfig)}
         ladder = {name: value for name, value in options.items() if name in names}
         others = {name: value for name, value in options.items() if name not in names}
         if ladder.get("likelihood", "auto") == "auto":
-            dataset = options.get("dataset", cls.dataset)
+            dataset = own or options.get("dataset", cls.dataset)
             # An unknown data set is reported below, with the other options.
-            binary = dataset not in datasets.NAMES or datasets.is_binary(dataset)
-            ladder["likelihood"] = "bernoulli" if binary else "discr_log_mix"
-        return cls(ladder=LadderConfig(**ladder), **others)
+            known = own is not None or dataset in datasets.NAMES
+            ladder["likelihood"] = _likelihood(dataset) if known else "bernoulli"
+        return cls(ladder=LadderConfig(**ladder), own=own, **others)
+
+    @property
+    def data(self) -> str | DataSet:
+        """The argument of the functions in `datasets`."""
+        return self.own or self.dataset
 
     @property
     def held_out_split(self) -> str:
@@ -233,8 +277,9 @@ class RunConfig:
         return "valid" if self.train_split == "train" else "test"
 
     def options(self) -> dict[str, Any]:
-        """All options by name, architecture included: the arguments of `of`."""
-        values = dataclasses.asdict(self)
+        """All options by name, architecture included: the arguments of `of` besides `own`."""
+        values = self.to_dict()
+        del values["own"]
         return values.pop("ladder") | values
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,4 +292,14 @@ class RunConfig:
 
         Raises `KeyError`, `TypeError` or `ValueError` if the dictionary is invalid.
         """
-        return cls(**(values | {"ladder": LadderConfig(**values["ladder"])}))
+        built = values | {"ladder": LadderConfig(**values["ladder"])}
+        if built.get("own") is not None:
+            built["own"] = OwnImages.from_dict(built["own"])
+        return cls(**built)
+
+
+def _likelihood(dataset: str | DataSet) -> str:
+    """The likelihood that suits the images."""
+    if datasets.is_binary(dataset):
+        return "bernoulli"
+    return "discr_log" if datasets.image_shape(dataset)[0] == 1 else "discr_log_mix"

@@ -9,14 +9,11 @@ from torch import Tensor, nn
 
 from datasets import ImageSet
 from ladder_vae.evaluation.importance import Bounds, importance_weighted_bounds, random_index
-from ladder_vae.evaluation.kl import by_channel, mean_kl
+from ladder_vae.evaluation.kl import ACTIVE_KL, by_channel, mean_kl
 from ladder_vae.evaluation.sampling import prior_samples, reconstructions
 from ladder_vae.reports.image_grids import reconstruction_grid, sample_grid
 from ladder_vae.runs.options import RunConfig
 from runtime.distributed import ONE_PROCESS, Ranks
-
-# A latent channel is active if its KL, averaged over images, exceeds this many nats.
-ACTIVE_KL = 0.01
 
 
 class HeldOutEvaluation:

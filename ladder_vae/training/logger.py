@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from datasets import ImageSet
 from ladder_vae.evaluation.importance import Bounds
+from ladder_vae.evaluation.kl import ACTIVE_KL
 from ladder_vae.evaluation.metrics import bits_per_dim, is_density
 from ladder_vae.reports.image_grids import write_png
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
-from ladder_vae.training.held_out import ACTIVE_KL, HeldOutEvaluation, evaluation_mode
+from ladder_vae.training.held_out import HeldOutEvaluation, evaluation_mode
 from ladder_vae.training.step_means import StepMeans
 from ladder_vae.training.svi import SVI
 from runtime.distributed import ONE_PROCESS, Ranks

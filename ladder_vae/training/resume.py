@@ -87,7 +87,7 @@ def changed_config(stored: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """The stored configuration with changes; raises `UserError` for any not in `CHANGEABLE`."""
     before = stored.options()
     with as_user_errors():
-        changed = RunConfig.of(**(before | dict(changes)))
+        changed = RunConfig.of(**(before | dict(changes)), own=stored.own)
     after = changed.options()
     for name in changes:
         if name not in CHANGEABLE and after[name] != before[name]:

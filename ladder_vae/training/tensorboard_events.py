@@ -13,11 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto import summary_pb2
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import hparams, image, scalar, text
+from torch.utils.tensorboard.summary import custom_scalars, hparams, image, scalar, text
 
+from ladder_vae.training.tag_descriptions import description
 from runtime.files import utf_8
+
+_DATA_CLASSES = {
+    "scalars": summary_pb2.DATA_CLASS_SCALAR,
+    "images": summary_pb2.DATA_CLASS_BLOB_SEQUENCE,
+}
 
 # What TensorBoard shows above a picture, instead of its tag.
 _DISPLAY_NAMES = {
@@ -42,14 +49,14 @@ def scalars(step: int, values: Mapping[str, float | None], when: float) -> bytes
     """Scalars by tag, logged at the time `when` (seconds since 1970); None stands for nan."""
     shown = {tag: float("nan") if value is None else value for tag, value in values.items()}
     return b"".join(
-        _record(wall_time=when, step=step, summary=scalar(tag, value))
+        _record(wall_time=when, step=step, summary=_described(scalar(tag, value), tag, "scalars"))
         for tag, value in shown.items()
     )
 
 
 def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
     """A picture: a tensor or array whose dimensions have the order `dataformats`."""
-    summary = image(name, pixels, dataformats=dataformats)
+    summary = _described(image(name, pixels, dataformats=dataformats), name, "images")
     if name in _DISPLAY_NAMES:
         for value in summary.value:
             value.metadata.display_name = _DISPLAY_NAMES[name]
@@ -57,7 +64,7 @@ def picture(step: int, name: str, pixels: Any, dataformats: str) -> bytes:
 
 
 def configuration(values: Mapping[str, Any], metric: str) -> bytes:
-    """Options, as text and as hyper-parameters beside the scalar `metric`."""
+    """Options, as text and as hyper-parameters beside the scalar `metric`; and the layer charts."""
     # Text of the command line that is not UTF-8 is escaped.
     values = {
         name: utf_8(value) if isinstance(value, str) else value for name, value in values.items()
@@ -70,8 +77,29 @@ def configuration(values: Mapping[str, Any], metric: str) -> bytes:
     }
     return b"".join(
         _record(wall_time=time.time(), summary=summary)
-        for summary in (shown, *hparams(plain, {metric: None}))
+        for summary in (shown, *hparams(plain, {metric: None}), _layer_charts(metric))
     )
+
+
+def _layer_charts(metric: str) -> Any:
+    """The layout of the tab Custom Scalars: all layers in one chart. `metric` names the split."""
+    split = metric.partition("/")[0]
+    charts = {
+        "KL by layer, training (nats)": "train_kl",
+        f"KL by layer, {split} (nats)": f"{split}_kl",
+        f"Active channels by layer, {split}": f"{split}_active_channels",
+    }
+    pattern = {title: ["Multiline", [f"{tag}/layer_.*"]] for title, tag in charts.items()}
+    return custom_scalars({"Layers": pattern})
+
+
+def _described(summary: Any, tag: str, plugin: str) -> Any:
+    """`summary` with the description of its tag."""
+    for value in summary.value:
+        value.metadata.summary_description = description(tag)
+        value.metadata.plugin_data.plugin_name = plugin
+        value.metadata.data_class = _DATA_CLASSES[plugin]
+    return summary
 
 
 def _record(**content: Any) -> bytes:

@@ -69,7 +69,7 @@ class Trainer:
         self.device = device
         self.ranks = ranks
         self.clock = Clock(ranks)
-        self.batches = TrainingBatches(images, config.batch_size, config.seed)
+        self.batches = TrainingBatches(images, config.batch_size, config.seed, flip=config.flip)
         self.length = Length.of(config, self.batches.steps_per_epoch)
         check_batch_statistics(config, images.shape, ranks)
 

@@ -9,7 +9,10 @@ from tests.made_data import (
     Server,
     forbid_network,
     make_cifar10,
+    make_fashion_mnist,
+    make_kmnist,
     make_mnist,
+    make_omniglot,
     make_static_mnist,
     make_svhn,
     serving,
@@ -18,6 +21,9 @@ from tests.made_data import (
 MAKERS: dict[str, Callable[[Server, pytest.MonkeyPatch], Made]] = {
     "static_mnist": make_static_mnist,
     "mnist": make_mnist,
+    "fashion_mnist": make_fashion_mnist,
+    "kmnist": make_kmnist,
+    "omniglot": make_omniglot,
     "cifar10": make_cifar10,
     "svhn": make_svhn,
 }

@@ -11,8 +11,10 @@ from torchvision.datasets import SVHN
 
 import datasets
 from datasets import ImageSet, cifar10, static_mnist, svhn
+from tests.datasets.conftest import MAKERS
 from tests.made_data import (
     Made,
+    Server,
     contents,
     everything,
     levels,
@@ -41,8 +43,15 @@ def test_names_splits_and_shapes() -> None:
         "celeba": (3, 64, 64),
         "cifar10": (3, 32, 32),
         "digits": (1, 8, 8),
+        "fashion_mnist": (1, 28, 28),
+        "fashion_mnist_grey": (1, 28, 28),
+        "kmnist": (1, 28, 28),
+        "kmnist_grey": (1, 28, 28),
         "mnist": (1, 28, 28),
+        "mnist_grey": (1, 28, 28),
         "multi_dsprites": (3, 64, 64),
+        "omniglot": (1, 28, 28),
+        "omniglot_grey": (1, 28, 28),
         "static_mnist": (1, 28, 28),
         "svhn": (3, 32, 32),
     }
@@ -51,7 +60,10 @@ def test_names_splits_and_shapes() -> None:
 
 def test_binary_sets_are_known() -> None:
     binary = [name for name in datasets.NAMES if datasets.is_binary(name)]
-    assert binary == ["digits", "mnist", "multi_dsprites", "static_mnist"]
+    assert binary == [
+        *("digits", "fashion_mnist", "kmnist", "mnist", "multi_dsprites", "omniglot"),
+        "static_mnist",
+    ]
 
 
 def test_an_unknown_name_or_split_lists_what_there_is(tmp_path: Path) -> None:
@@ -63,9 +75,34 @@ def test_an_unknown_name_or_split_lists_what_there_is(tmp_path: Path) -> None:
         line = refusal(call)
         assert "'minst'" in line
         assert ", ".join(datasets.NAMES) in line
+        assert line.endswith("; did you mean mnist?")
     line = refusal(lambda: datasets.load("digits", "validation", tmp_path))
     assert "'validation'" in line
     assert "train, valid, test, train+valid" in line
+
+
+# Grey images
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "kmnist", "omniglot", "mnist"])
+def test_grey_sets_are_binarized_or_keep_their_levels(
+    name: str, tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training images are drawn again at each reading; the levels are those published."""
+    made = MAKERS[name](server, monkeypatch)
+    train, valid = (datasets.load(f"{name}_grey", split, tmp_path) for split in ("train", "valid"))
+    assert (train.name, len(valid)) == (f"{name}_grey", 4)
+    grey = np.rint(255 * np.concatenate([everything(train), everything(valid)])[:, 0])
+    published = made.arrays["train"]
+    assert sorted(map(bytes, grey.astype(np.uint8))) == sorted(map(bytes, published))
+
+    drawn = datasets.load(name, "train+valid", tmp_path)
+    rows = torch.arange(len(published))
+    mean = torch.stack([drawn.batch(rows) for _ in range(400)]).mean(0)[:, 0].numpy()
+    assert np.abs(mean - published / 255).max() < 5 * np.sqrt(0.25 / 400)
+    test = everything(datasets.load(name, "test", tmp_path))
+    np.testing.assert_array_equal(test, everything(datasets.load(name, "test", tmp_path)))
+    assert set(np.unique(test)) == {0, 1}
 
 
 # digits, static_mnist and mnist

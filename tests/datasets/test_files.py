@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 import datasets
-from datasets import cifar10, download, mnist, static_mnist, svhn
+from datasets import (
+    cifar10,
+    download,
+    fashion_mnist,
+    kmnist,
+    mnist,
+    omniglot,
+    static_mnist,
+    svhn,
+)
 from runtime.errors import UserError
 from tests.made_data import (
     Made,
@@ -21,7 +30,15 @@ from tests.made_data import (
     refusal,
 )
 
-DOWNLOADED = {"static_mnist": static_mnist, "mnist": mnist, "cifar10": cifar10, "svhn": svhn}
+DOWNLOADED = {
+    "static_mnist": static_mnist,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "kmnist": kmnist,
+    "omniglot": omniglot,
+    "cifar10": cifar10,
+    "svhn": svhn,
+}
 
 
 def test_the_cache_is_one_file_in_the_promised_format(

@@ -16,6 +16,8 @@ from ladder_vae.reports.comparison import (
     compare,
 )
 from ladder_vae.reports.tables import markdown
+from ladder_vae.runs.options import RunConfig
+from ladder_vae.runs.run import Run
 from runtime.errors import UserError
 from tests.commands import ROOT, refusal
 from tests.commands import run as run_command
@@ -124,9 +126,9 @@ def test_the_files_hold_the_table_and_the_metrics() -> None:
     header, *lines = csv.reader(Path("comparison.csv").read_text().splitlines())
     bounds = [f"negative_bound_{k}_samples" for k in (5, 100, 1000)]
     assert header == [
-        *("run", "dataset", "split", "n_images", "levels", "limit", "seed"),
+        *("run", "dataset", "split", "n_images", "levels", "limit"),
         *("likelihood", "likelihood_kind"),
-        *("layers", "parameters", "step", "weights"),
+        *("layers", "parameters", "step", "weights", "seed", "evaluation_seed"),
         *(
             f"{name}{kind}"
             for name in ("negative_elbo", *bounds)
@@ -141,10 +143,58 @@ def test_the_files_hold_the_table_and_the_metrics() -> None:
     assert float(first["negative_elbo_bits_per_dim"]) == 81.123456789 / 1000
     assert first["negative_bound_1000_samples"] == ""
     assert second["run"] == "b, too"
-    assert second["negative_elbo_standard_error"] == second["seed"] == ""
+    assert second["negative_elbo_standard_error"] == second["evaluation_seed"] == ""
     assert [second[name] for name in bounds] == ["80.0", "", "78.25"]
     assert (second["kl"], second["parameters"]) == ("4.5", "12345")
     assert (second["trained_commit"], second["scored_machine"]) == ("", "a GPU")
+
+
+def trained(name: str, metrics: dict[str, Any], **options: Any) -> Path:
+    """A run folder with an evaluation and the options of its training."""
+    run = evaluated(Path(name), metrics | {"training_seed": options.get("seed", 42)})
+    Run(run, RunConfig.of(dataset="digits", **options), (1, 8, 8), {}).write_config()
+    return run
+
+
+def test_options_that_differ_have_a_column() -> None:
+    """Those of the training, not of its monitoring; the seed is that of the training."""
+    runs = [
+        trained("a", content(3.0, seed=7), lr=1e-3, gated=True, seed=1),
+        trained("b", content(2.0, seed=7), lr=1e-3, z_dims=[1, 2, 3], seed=2, ckpt_interv=7),
+        evaluated(Path("c"), content(1.0, seed=7)),
+    ]
+    header, _, *rows = compare(runs, Path("out")).splitlines()[2:]
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert names == [
+        *("run", "data", "layers", "parameters", "seed", "--zdims", "--gated"),
+        *("step", "weights", "ELBO", "KL", "obtained on"),
+    ]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [(row[0], *row[4:7]) for row in cells] == [  # the best first
+        ("c", "", "", ""),
+        ("b", "2", "1 2 3", "no"),
+        ("a", "1", "32 32 32", "yes"),
+    ]
+
+
+def test_runs_that_differ_by_seed_alone_are_summarised() -> None:
+    runs = [
+        trained(f"s{seed}", content(elbo, elbo - 1), seed=seed, lr=0.1)
+        for seed, elbo in ((1, 20.0), (2, 21.0), (3, 25.0))
+    ]
+    runs.append(trained("other", content(9.0, 8.0), seed=1, lr=0.2))
+    text = compare(runs, Path("out"))
+    assert text == Path("out/comparison.md").read_text()
+    table = text.partition("Runs that differ by their training seed alone")[2]
+    (row,) = table.splitlines()[4:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # (20 + 21 + 25) / 3 = 22; the variance is (4 + 1 + 9) / 2 = 7
+    assert cells == ["s1, s2, s3", "digits", "1 2 3", "22.00 ± 2.65", "21.00 ± 2.65"]
+
+
+def test_the_same_run_twice_is_no_group() -> None:
+    run = trained("a", content(3.0))
+    assert "seed alone" not in compare([run, run], Path("out"))
 
 
 def test_any_name_fits_into_the_table() -> None:

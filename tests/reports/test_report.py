@@ -16,7 +16,8 @@ from ladder_vae.evaluation.folders import evaluation_folder
 from ladder_vae.reports import comparison
 from ladder_vae.reports.curves import Curve, learning_curves
 from ladder_vae.reports.html import write_evaluation_report, write_training_report
-from ladder_vae.runs.command_line import OPTIONS, OneLineParser, add_options, config_from, flag
+from ladder_vae.runs.command_line import OPTIONS, OneLineParser, add_options, flag
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.metrics_log import finite_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run

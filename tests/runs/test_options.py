@@ -97,8 +97,9 @@ def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("empty", ["z_dims", "downsample"])
 def test_a_ladder_has_layers(empty: str) -> None:
+    options: dict[str, Any] = {empty: []}
     with pytest.raises(ValueError, match="it must be a list"):
-        RunConfig.of(**{empty: []})
+        RunConfig.of(**options)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import datasets
 import evaluate
 import train_svi
 from datasets.images import ColourImages, ImageSet, PackedImages
-from ladder_vae.runs.command_line import OneLineParser, add_options, config_from
+from ladder_vae.runs.command_line import OneLineParser, add_options
+from ladder_vae.runs.config_file import config_from
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.presets import PRESETS
 

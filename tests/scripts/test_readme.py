@@ -18,7 +18,9 @@ from torch.distributed.run import get_args_parser
 
 import datasets
 import train_svi
-from ladder_vae.runs.command_line import config_from, given_options
+from ladder_vae.runs.command_line import given_options
+from ladder_vae.runs.config_file import config_from
+from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.training.resume import CHANGEABLE
 from tests.commands import run
@@ -128,7 +130,15 @@ def test_data_sets_are_those_of_the_code() -> None:
     assert sorted(row[0] for row in rows) == sorted(datasets.NAMES)
     for name, height, width, likelihood, *_ in rows:
         assert datasets.image_shape(name)[1:] == (int(height), int(width))
-        assert likelihood == ("Bernoulli" if datasets.is_binary(name) else "mixture of logistics")
+        default = RunConfig.of(dataset=name).ladder.likelihood
+        assert (
+            likelihood
+            == {
+                "bernoulli": "Bernoulli",
+                "discr_log": "discretized logistic",
+                "discr_log_mix": "mixture of logistics",
+            }[default]
+        )
     counts = [len(datasets.load("digits", split, ROOT)) for split in ("train+valid", "test")]
     (digits,) = (row for row in rows if row[0] == "digits")
     assert [f"{count:,}" for count in counts] == list(digits[4:])

@@ -20,6 +20,7 @@ from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.training import logger
 from ladder_vae.training.logger import Logger, Monitor, collapsed_layers
+from ladder_vae.training.tag_descriptions import description
 from runtime.errors import UserError
 from tests.tiny_runs import LADDER, train
 
@@ -93,7 +94,7 @@ def test_tensorboard_shows_scalars_pictures_and_configuration(events: Any) -> No
     tags = events.Tags()
     assert set(tags["scalars"]) == TRAINING_TAGS | TEST_TAGS | BOUND_TAGS
     assert set(tags["images"]) == {"samples", "reconstructions"}
-    assert tags["tensors"] == ["configuration/text_summary"]
+    assert tags["tensors"] == ["configuration/text_summary", "custom_scalars__config__"]
     for name in tags["images"]:
         pictures = events.Images(name)
         assert [picture.step for picture in pictures] == [15, 30]
@@ -265,3 +266,49 @@ def test_the_progress_bar_shows_the_elbo(
     assert re.search(r"4/4 .*ELBO=-\d+\.\d\d nats", err)
     assert "step 2: ELBO" not in err
     assert "step 4: test ELBO" in err
+
+
+# --- What TensorBoard says about the tags ---
+
+
+def test_every_tag_has_a_description(trained_run: Path) -> None:
+    """One line each, also for colour images, of which bounds are logged in bits."""
+    shown = tensorboard(trained_run)
+    for tag in TRAINING_TAGS | TEST_TAGS | BOUND_TAGS | {"samples", "reconstructions"}:
+        found = shown.SummaryMetadata(tag).summary_description
+        assert found == description(tag) != ""
+        assert "\n" not in found
+    assert "nats per image" in description("valid/negative_elbo")
+    assert "of 1,000 samples, in bits" in description(
+        "test/negative_bound_1000_samples_bits_per_dim"
+    )
+    assert "layer 12 in nats" in description("test_kl/layer_12")
+    assert "originals" in description("reconstructions")
+
+
+def test_all_layers_share_a_chart(trained_run: Path) -> None:
+    """In the tab Custom Scalars: each chart's pattern matches the tags of all layers."""
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    (event,) = tensorboard(trained_run).Tensors("custom_scalars__config__")
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    tags = TRAINING_TAGS | TEST_TAGS
+    charts = {chart.title: chart.multiline.tag[0] for chart in category.chart}
+    matched = {
+        title: sorted(tag for tag in tags if re.fullmatch(pattern, tag))
+        for title, pattern in charts.items()
+    }
+    assert matched == {
+        "KL by layer, training (nats)": ["train_kl/layer_01", "train_kl/layer_02"],
+        "KL by layer, test (nats)": ["test_kl/layer_01", "test_kl/layer_02"],
+        "Active channels by layer, test": [
+            "test_active_channels/layer_01",
+            "test_active_channels/layer_02",
+        ],
+    }
+
+
+def tensorboard(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload()

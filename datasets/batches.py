@@ -15,9 +15,9 @@ class TrainingBatches:
     """Batches of shuffled images: `batches(step)` is float32 (batch_size, C, H, W) in [0, 1].
 
     Each epoch shuffles the images and drops the last batch if it is incomplete. Order and
-    binarization noise depend on `seed` and `step` alone, so a resumed run sees the same images as an
-    uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a CPU
-    and a GPU draw different noise.) With `flip`, each image is flipped horizontally with
+    binarization noise depend on `seed` and `step` alone, so a resumed run sees the same images as
+    an uninterrupted one, and there is no state to store. (Noise is drawn on the images' device; a
+    CPU and a GPU draw different noise.) With `flip`, each image is flipped horizontally with
     probability 1/2, each time again.
 
     Raises:

@@ -58,25 +58,26 @@ class EvaluatedLadder(Ladder):
     def run(self) -> Run:
         """The run that trained the ladder."""
         path = self.source.path
-        return Run.from_description(path, self.source.description.content, path)
+        file = path if path.is_file() else path / "config.json"
+        return Run.from_description(path, self.source.description.content, file)
 
     def images(self, split: str, data_dir: str | Path, dataset: str | None = None) -> ImageSet:
         """A split of the run's data set, or of another one, on the ladder's device.
 
         Raises `UserError` if the ladder is not for such images.
         """
-        dataset = dataset or self.run.config.dataset
-        shape = datasets.image_shape(dataset)  # known without a download
+        data = dataset or self.run.config.data
+        shape = datasets.image_shape(data)  # known without a download
         if shape != self.image_shape:
             raise UserError(
                 f"{self.run.path} is a run on images {self.image_shape}, "
-                f"but those of {dataset} are {shape}"
+                f"but those of {dataset or self.run.config.dataset} are {shape}"
             )
-        if self._is_binary and not datasets.is_binary(dataset):
+        if self._is_binary and not datasets.is_binary(data):
             raise UserError(
                 f"{self.run.path} is a run on binary images, but those of {dataset} have 256 levels"
             )
-        return datasets.load(dataset, split, data_dir).to(self.device)
+        return datasets.load(data, split, data_dir).to(self.device)
 
     def images_in(self, folder: Path) -> tuple[ImageSet, list[str]]:
         """The images in a folder, on the ladder's device, and the names of their files.
@@ -88,7 +89,7 @@ class EvaluatedLadder(Ladder):
 
     @property
     def _is_binary(self) -> bool:
-        return datasets.is_binary(self.run.config.dataset)
+        return datasets.is_binary(self.run.config.data)
 
     def score(
         self,

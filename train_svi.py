@@ -147,7 +147,7 @@ def resume(
     lock: Lock | None = None
     with ranks.together():
         if ranks.is_first:  # one process reads, for all
-            lock = Run.open(path).locked().lock
+            lock = StoredRun.require_run(path).locked().lock
             stored = StoredRun.open(
                 path, changes, device if ranks.size == 1 else torch.device("cpu")
             )

@@ -62,7 +62,11 @@ class Run(CheckpointFolder):
         lock = _locked(path)
         _require_empty(path)  # no other process can begin a run there any more
         run = cls(path, config, image_shape, provenance, lock, is_new=True)
-        run.write_config()
+        try:
+            run.write_config()
+        except UserError:
+            run.discard()
+            raise
         return run
 
     def locked(self) -> Self:

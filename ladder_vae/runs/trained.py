@@ -10,7 +10,7 @@ from ladder_vae.runs.checkpoint_folder import CheckpointFolder
 from ladder_vae.runs.description import Description, describing
 from ladder_vae.runs.published import CONFIG, is_published, read_published
 from runtime.errors import UserError
-from runtime.files import read_json
+from runtime.files import exists, read_json
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ def load_trained(
     """
     if is_published(path):
         return _published(path, checkpoint, average)
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"there is no run folder and no published ladder {path}")
     file = path / CONFIG
-    if not file.exists():
+    if not exists(file):
         raise UserError(f"{path} is not a run folder: it has no {CONFIG}")
     content = read_json(file)
     description = Description.of(content, file)

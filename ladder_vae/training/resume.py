@@ -58,12 +58,7 @@ class StoredRun:
 
         Raises `UserError` if an option cannot be changed, or if the folder is damaged.
         """
-        if is_published(path):
-            raise UserError(
-                f"{path} holds published weights, from which training cannot resume: start a new "
-                f"run with --init-from {path}"
-            )
-        run = Run.open(path)
+        run = cls.require_run(path)
         run = replace(run, config=changed_config(run.config, changes))
         run.best()  # if best.json is damaged, fail now and not at the first evaluation
         stored = cls(run, *run.newest_whole(device))
@@ -73,6 +68,16 @@ class StoredRun:
                 "start it again with --init-from"
             )
         return stored
+
+    @staticmethod
+    def require_run(path: Path) -> Run:
+        """The run in a folder; raises `UserError` if there is none, or published weights alone."""
+        if is_published(path):
+            raise UserError(
+                f"{path} holds published weights, from which training cannot resume: start a new "
+                f"run with --init-from {path}"
+            )
+        return Run.open(path)
 
     def report(self) -> None:
         """Print what the user should know before training continues."""

@@ -103,8 +103,8 @@ likelihood is in bold.
 
 | run    | data                  | likelihood    | layers | parameters |  step | weights |             ELBO |  100 samples |   KL | minutes | obtained on                                               |
 | ------ | --------------------- | ------------- | -----: | ---------: | ----: | ------- | ---------------: | -----------: | ---: | ------: | --------------------------------------------------------- |
-| runs/b | digits                | bernoulli     |      2 |     12,345 |   800 | last    |     23.50 ± 0.25 | 22.90 ± 0.25 | 4.50 |         | a GPU, commit abc                                         |
 | runs/a | digits                | bernoulli     |     12 |     12,345 | 1,200 | average | **23.25 ± 0.25** |              | 4.50 |    61.5 | a GPU, commit abc                                         |
+| runs/b | digits                | bernoulli     |      2 |     12,345 |   800 | last    |     23.50 ± 0.25 | 22.90 ± 0.25 | 4.50 |         | a GPU, commit abc                                         |
 | runs/c | cifar10, 1,000 images | discr_log_mix |      2 |     12,345 |   800 | last    | 7128 ± 15 (7.13) |  7068 (7.07) | 4.50 |         | a GPU, commit abc; scored on a CPU, 2 threads, commit def |
 
 Rows with different images or kinds of likelihood cannot be compared: digits (2 levels), \
@@ -166,11 +166,11 @@ def test_options_that_differ_have_a_column() -> None:
     header, _, *rows = compare(runs, Path("out")).splitlines()[2:]
     names = [cell.strip() for cell in header.strip("|").split("|")]
     assert names == [
-        *("run", "data", "layers", "parameters", "seed", "--zdims", "--gated"),
+        *("run", "data", "likelihood", "layers", "parameters", "seed", "--zdims", "--gated"),
         *("step", "weights", "ELBO", "KL", "obtained on"),
     ]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [(row[0], *row[4:7]) for row in cells] == [  # the best first
+    assert [(row[0], *row[5:8]) for row in cells] == [  # the best first
         ("c", "", "", ""),
         ("b", "2", "1 2 3", "no"),
         ("a", "1", "32 32 32", "yes"),

@@ -194,7 +194,7 @@ def test_too_little_memory_is_reported(
     line = refusal(
         evaluate.main, evaluated_copy, *words("--samples 3 --batch-size 24 --device cpu")
     )
-    assert "24 images at a time do not fit into the GPU's memory" in line
+    assert "the GPU's memory is not enough: 24 images at a time" in line
     assert "--batch-size" in line
 
 

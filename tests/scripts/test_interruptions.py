@@ -236,7 +236,7 @@ def test_training_and_evaluation_without_any_output() -> None:
     assert Run.open(Path(name)).checkpoint_steps() == [2, 3]
     options = ["--samples", 1, "--limit", 5, "--device", "cpu"]
     assert code(">&- 2>/dev/full", ROOT / "evaluate.py", name, *options) == 0
-    assert "metrics.json" in os.listdir(Path(name, "eval", "3"))
+    assert "metrics.json" in os.listdir(Path(name, "eval", "3-limit-5-samples-1"))
 
 
 def test_an_evaluation_that_does_not_fit_into_main_memory(trained_run: Path) -> None:

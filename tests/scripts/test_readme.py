@@ -352,7 +352,7 @@ def test_options_named_in_the_text_exist(capsys: pytest.CaptureFixture[str]) -> 
     """`--options` within sentences and tables of the pages."""
     pattern = "--[a-z][a-z-]+"
     known = set(re.findall(pattern, " ".join(commands("python", "torchrun"))))
-    known |= {"--max-restarts", "--shutdown-timeout"}  # of torchrun
+    known |= {"--max-restarts", "--shutdown-timeout", "--signal"}  # of torchrun, Slurm
     for module in (
         *("train_svi", "evaluate", "sample"),
         *("tools.reproduce", "tools.score_images", "tools.export_weights"),

@@ -64,7 +64,7 @@ def test_a_run_folder_is_complete(trained_run: Path) -> None:
         "config.json",
         "metrics.jsonl",
         *events,
-        "checkpoints",
+        *(".lock", "checkpoints"),
         *("checkpoints/20.pt", "checkpoints/30.pt"),  # the newest two
         "checkpoints/best.json",
         "images",
@@ -116,6 +116,7 @@ def test_the_original_command_line_means_the_same() -> None:
         "initial_downscaling": True,
         "likelihood": "bernoulli",
         "data_dep_init": True,
+        **{"objective": "elbo", "particles": 1},
         "free_bits": 1.0,
         "analytical_kl": False,
         "beta_anneal": 0,

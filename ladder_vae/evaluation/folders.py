@@ -89,7 +89,7 @@ def check_replaceable(folder: Path, settings: Mapping[str, Any]) -> None:
 def check_absent(*files: Path) -> None:
     """Raise `UserError` for the first file that exists."""
     for file in files:
-        if file.exists():
+        if exists(file):
             raise UserError(
                 f"{file} exists: choose another place with --out, or replace it with --overwrite"
             )

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.errors import UserError
-from runtime.files import read_json, reading, write_atomically, write_json
+from runtime.files import exists, read_json, reading, write_atomically, write_json
 
 if TYPE_CHECKING:
     from ladder_vae.runs.run import Run
@@ -62,7 +62,9 @@ def write_folder(folder: Path, description: Mapping[str, Any], weights: dict[str
 
 def is_published(path: Path) -> bool:
     """Whether a path is a published folder, or a file and thus published or nothing."""
-    return path.is_file() or (path / WEIGHTS).exists() or path.suffix == ".safetensors"
+    if exists(path) and path.is_file():
+        return True
+    return path.suffix == ".safetensors" or exists(path / WEIGHTS)
 
 
 def read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,7 +73,7 @@ def read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     The weights are on the CPU, by their names in the state dict of the ELBO module.
     """
     if path.is_dir():
-        if not (path / CONFIG).exists():
+        if not exists(path / CONFIG):
             raise UserError(f"{path} has no {CONFIG}, which describes the weights in {WEIGHTS}")
         _, weights = _read_file(path / WEIGHTS)
         description = read_json(path / CONFIG)

@@ -44,7 +44,7 @@ def test_a_run_records_its_images_and_evaluation_finds_them(grey: Path) -> None:
     grey.unlink()  # the prepared file is enough
     result = run(evaluate.main, "run", *words("--samples 1 2 --device cpu --data-dir prepared"))
     assert result.code == 0, result.err
-    metrics = json.loads(Path("run/eval/2/metrics.json").read_text())
+    metrics = json.loads(Path("run/eval/2-samples-1-2/metrics.json").read_text())
     assert metrics["dataset"] == config.own.name
     assert metrics["n_images"] == config.own.counts["test"]
     assert "moved" in refusal(evaluate.main, "run", *words("--device cpu --data-dir elsewhere"))

@@ -182,7 +182,7 @@ def test_a_folder_that_is_no_run_is_refused(
     line = open_run(tmp_path / "empty")
     assert f"{tmp_path / 'empty'} is not a run folder: it has no config.json" in line
     for name in ("file", "nowhere"):
-        assert f"{tmp_path / name} " in open_run(tmp_path / name)
+        assert f"{tmp_path / name}" in open_run(tmp_path / name)
     assert not (tmp_path / "nowhere").exists()
 
 

@@ -109,7 +109,7 @@ def test_folders_with_the_same_name_have_files_of_their_own(
         "Separating"
         in scored(evaluated_copy, f"b/digits --against digits {options} --overwrite").out
     )
-    scored(evaluated_copy, f"{tmp_path}/b/../a/digits {options} --overwrite")
+    scored(evaluated_copy, f"{tmp_path}/b/../a/digits {options}")
     assert len(list(folder.glob("scores-*.csv"))) == 3
     assert len(list(folder.glob("auroc-*.json"))) == len(list(folder.glob("roc-*.png"))) == 2
     report = (folder / "report.html").read_text()

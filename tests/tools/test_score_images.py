@@ -105,10 +105,8 @@ def test_folders_with_the_same_name_have_files_of_their_own(
     result = scored(evaluated_copy, f"a/digits --against b/digits {options}")
     assert "Separating b/digits from a/digits: AUROC" in result.out
     assert len(list(folder.glob("scores-*.csv"))) == 3
-    assert (
-        "Separating"
-        in scored(evaluated_copy, f"b/digits --against digits {options} --overwrite").out
-    )
+    options += " --overwrite"
+    assert "Separating" in scored(evaluated_copy, f"b/digits --against digits {options}").out
     scored(evaluated_copy, f"{tmp_path}/b/../a/digits {options}")
     assert len(list(folder.glob("scores-*.csv"))) == 3
     assert len(list(folder.glob("auroc-*.json"))) == len(list(folder.glob("roc-*.png"))) == 2

@@ -19,6 +19,7 @@ from guide import build_ladder
 from ladder_vae.networks.precision import PRECISIONS, Execution
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
+from ladder_vae.training.cuda_graph import CudaRecorder
 from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.svi import SVI
 from runtime.errors import UserError
@@ -107,7 +108,8 @@ def svi_on(
 ) -> SVI:
     """The SVI that training uses on this device."""
     if device.type == "cuda":
-        return DeviceSVI(loss_fn, optimizer, execution=execution, record=record)
+        recorder = CudaRecorder() if record else None
+        return DeviceSVI(loss_fn, optimizer, execution=execution, recorder=recorder)
     return SVI(loss_fn, optimizer, execution=execution)
 
 

@@ -15,6 +15,36 @@ from torch import Tensor
 _WARM_UP = 5
 
 
+class CudaRecorder:
+    """Records steps as CUDA graphs."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
+    def warm_up(self, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Take a step on a separate stream, as PyTorch requires before recording."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        current = torch.cuda.current_stream(x.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            result = step(x)
+        current.wait_stream(self._stream)
+        return result
+
+    def record(
+        self, step: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[Callable[[], object], Tensor]:
+        """Record a step without taking it; returns its replay, and the result that this sets.
+
+        Raises `RuntimeError` if the step cannot be recorded.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step(x)
+        return graph.replay, result
+
+
 class StepGraph:
     """A step as a function of a batch, which the sixth call records and replays from then on.
 
@@ -22,47 +52,34 @@ class StepGraph:
 
     Args:
         step: takes images x (N, C, H, W) and returns a tensor, the same one at each replay.
+        recorder: records the step.
     """
 
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, step: Callable[[Tensor], Tensor], recorder: CudaRecorder) -> None:
         self._step = step
+        self._recorder = recorder
         self._calls = 0
         self._x: Tensor | None = None
-        self._result: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._recorded: tuple[Callable[[], object], Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Take a step; for a batch of another shape than the recorded one, without the graph."""
         self._calls += 1
         if self._calls <= _WARM_UP:
-            return self._on_side_stream(x)
+            return self._recorder.warm_up(self._step, x)
         if self._calls == _WARM_UP + 1:
             self._record(x)
-        if self._graph is None or self._x is None or self._x.shape != x.shape:
+        if self._recorded is None or self._x is None or self._x.shape != x.shape:
             return self._step(x)
         self._x.copy_(x)
-        self._graph.replay()
-        assert self._result is not None
-        return self._result
-
-    def _on_side_stream(self, x: Tensor) -> Tensor:
-        """Warm up on a separate stream, as PyTorch requires before recording."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(x.device)
-        current = torch.cuda.current_stream(x.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = self._step(x)
-        current.wait_stream(self._stream)
+        replay, result = self._recorded
+        replay()
         return result
 
     def _record(self, x: Tensor) -> None:
         self._x = x.clone()
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._result = self._step(self._x)
+            self._recorded = self._recorder.record(self._step, self._x)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             print(
@@ -70,8 +87,6 @@ class StepGraph:
                 "without",
                 file=sys.stderr,
             )
-            return
-        self._graph = graph
 
 
 class Readback:

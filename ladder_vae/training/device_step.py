@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladder_vae.training.cuda_graph import StepGraph
+from ladder_vae.training.cuda_graph import CudaRecorder, StepGraph
 from ladder_vae.training.svi import SVI
 from ladder_vae.training.update_guard import Snapshot, zero_unless
 
@@ -18,8 +18,8 @@ class DeviceSVI(SVI):
     """`SVI` on a GPU: the same steps, to the bit, without synchronising with the host.
 
     Args:
-        record: record the step as a CUDA graph and replay it. The returned loss is then overwritten
-            by the next step.
+        recorder: records the step as a CUDA graph, to be replayed; None for no graph. With a graph,
+            the next step overwrites the returned loss.
         **options: as for `SVI`.
     """
 
@@ -28,11 +28,11 @@ class DeviceSVI(SVI):
         loss_fn: Any,
         optimizer: torch.optim.Optimizer,
         *,
-        record: bool = False,
+        recorder: CudaRecorder | None = None,
         **options: Any,
     ) -> None:
         super().__init__(loss_fn, optimizer, **options)
-        self._record = record
+        self._recorder = recorder
         self._keep_on_device()
 
     def _keep_on_device(self) -> None:
@@ -42,7 +42,8 @@ class DeviceSVI(SVI):
                 group["lr"] = torch.tensor(self.learning_rate, device=self.device)
         self.elbo.kl_weight = torch.tensor(self.kl_weight, device=self.device)
         # A graph works only on the tensors it was recorded with, so a new one is needed.
-        self._graph = StepGraph(super().step) if self._record else None
+        recorder = self._recorder
+        self._graph = None if recorder is None else StepGraph(super().step, recorder)
 
     def step(self, x: Tensor) -> Tensor:
         """Take a gradient step on images x (N, C, H, W); return the negative objective."""

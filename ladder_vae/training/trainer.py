@@ -14,6 +14,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.run import Run
 from ladder_vae.training.checkpointer import Checkpointer
 from ladder_vae.training.clock import Clock
+from ladder_vae.training.cuda_graph import CudaRecorder
 from ladder_vae.training.data_parallel import (
     Replicas,
     check_batch_statistics,
@@ -101,7 +102,8 @@ class Trainer:
             "execution": self.execution,
         }
         if self.device.type == "cuda":
-            return DeviceSVI(self.loss_fn, optimizer, record=self.ranks.size == 1, **options)
+            recorder = CudaRecorder() if self.ranks.size == 1 else None
+            return DeviceSVI(self.loss_fn, optimizer, recorder=recorder, **options)
         return SVI(self.loss_fn, optimizer, **options)
 
     @property

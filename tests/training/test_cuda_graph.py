@@ -6,9 +6,7 @@ and repeats them. If a number comes from the host, or a tensor is replaced inste
 place, the following steps differ.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -21,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from elbo import FreeBitsELBO
 from guide import build_ladder
 from ladder_vae.networks import LadderConfig
-from ladder_vae.training.cuda_graph import StepGraph
+from ladder_vae.training.cuda_graph import CudaRecorder, StepGraph
 from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.moving_average import MovingAverage
 from ladder_vae.training.svi import SVI
@@ -51,41 +49,35 @@ class Recording(TorchDispatchMode):
                     old.detach().copy_(new)
 
 
-@pytest.fixture
-def rehearsal(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[Callable[[], list[Tensor]]], list[Recording]]:
-    """Lets `StepGraph` run on the CPU; returns the list of what it has recorded.
+class Rehearsal(CudaRecorder):
+    """Records steps on the CPU; `changed` returns the tensors that a step changes.
 
-    It must know which tensors a step changes: while a GPU records a step, they do not change.
+    While a GPU records a step, they do not change.
     """
 
-    def set_up(changed: Callable[[], list[Tensor]]) -> list[Recording]:
-        recorded: list[Recording] = []
+    def __init__(self, changed: Callable[[], list[Tensor]] = list) -> None:
+        super().__init__()
+        self.changed = changed
+        self.recordings: list[Recording] = []
 
-        @contextmanager
-        def graph(recording: Recording) -> Iterator[None]:
-            tensors, noise = changed(), torch.get_rng_state()
-            before = [tensor.detach().clone() for tensor in tensors]
-            with recording:
-                yield
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.detach().copy_(value)
-            torch.set_rng_state(noise)
-            recorded.append(recording)
+    def warm_up(self, step: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return step(x)
 
-        stream = SimpleNamespace(wait_stream=lambda other: None)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-        monkeypatch.setattr(torch.cuda, "graph", graph)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        return recorded
-
-    return set_up
+    def record(
+        self, step: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[Callable[[], object], Tensor]:
+        tensors, noise = self.changed(), torch.get_rng_state()
+        before = [tensor.detach().clone() for tensor in tensors]
+        with Recording() as recording:
+            result = step(x)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.detach().copy_(value)
+        torch.set_rng_state(noise)
+        self.recordings.append(recording)
+        return recording.replay, result
 
 
-def make_svi(record: bool) -> DeviceSVI:
+def make_svi(recorder: CudaRecorder | None = None) -> DeviceSVI:
     torch.manual_seed(0)
     config = LadderConfig(
         z_dims=[2, 3], downsample=[0, 1], n_filters=4, blocks_per_layer=1, dropout=0.3,
@@ -95,7 +87,7 @@ def make_svi(record: bool) -> DeviceSVI:
     optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-3, weight_decay=1e-3)
     average = MovingAverage(loss_fn, 0.9)
     return DeviceSVI(
-        loss_fn, optimizer, record=record, clip_norm=50.0, skip_norm=1e6, average=average
+        loss_fn, optimizer, recorder=recorder, clip_norm=50.0, skip_norm=1e6, average=average
     )
 
 
@@ -125,17 +117,16 @@ def take_steps(svi: SVI, first: int, last: int) -> list[Tensor]:
 
 
 @pytest.mark.usefixtures("adamax_anywhere")
-def test_a_recorded_step_goes_the_way_of_one_that_is_not(
-    rehearsal: Callable[[Callable[[], list[Tensor]]], list[Recording]],
-) -> None:
+def test_a_recorded_step_goes_the_way_of_one_that_is_not() -> None:
     """Bit for bit, with new noise, learning rate and KL weight at each step, and a skipped step."""
-    plain, recorded = make_svi(False), make_svi(True)
+    rehearsal = Rehearsal()
+    plain, recorded = make_svi(), make_svi(rehearsal)
     torch.manual_seed(1)
     losses = take_steps(plain, 0, 14)
-    recordings = rehearsal(lambda: tensors(recorded))
+    rehearsal.changed = lambda: tensors(recorded)
     torch.manual_seed(1)
     found = take_steps(recorded, 0, 14)
-    assert len(recordings) == 1
+    assert len(rehearsal.recordings) == 1
     torch.testing.assert_close(found, losses, rtol=0, atol=0, equal_nan=True)
     assert len({loss.item() for loss in found}) == 14
     for ours, theirs in zip(tensors(recorded), tensors(plain), strict=True):
@@ -147,7 +138,7 @@ def test_a_recorded_step_goes_the_way_of_one_that_is_not(
 @pytest.mark.usefixtures("adamax_anywhere")
 def test_nothing_in_a_step_asks_for_a_number() -> None:
     """On a GPU the host would wait for it, and a graph cannot be recorded."""
-    svi = make_svi(False)
+    svi = make_svi()
     take_steps(svi, 0, 2)
     with Recording() as recording:
         take_steps(svi, 2, 4)
@@ -164,11 +155,11 @@ def test_nothing_in_a_step_asks_for_a_number() -> None:
 @pytest.mark.usefixtures("adamax_anywhere")
 def test_the_state_moves_to_a_host_that_decides_and_back() -> None:
     """Checkpoints of a GPU are read on a CPU, and those of a CPU on a GPU."""
-    svi = make_svi(False)
+    svi = make_svi()
     take_steps(svi, 0, 3)
     state = svi.state_dict()
     assert all(type(group["lr"]) is float for group in state["optimizer"]["param_groups"])
-    loss_fn = make_svi(False).loss_fn
+    loss_fn = make_svi().loss_fn
     loss_fn.elbo.kl_weight = 1.0
     host = SVI(loss_fn, torch.optim.Adamax(loss_fn.parameters(), lr=1e-3))
     host.load_state_dict(state)
@@ -176,7 +167,7 @@ def test_the_state_moves_to_a_host_that_decides_and_back() -> None:
     assert not group["capturable"]
     host.schedule(0.25, 1.0)
     assert group["lr"] == 0.25
-    again = make_svi(False)
+    again = make_svi()
     again.load_state_dict(host.state_dict())
     again.schedule(0.25, 0.5)
     (group,) = again.optimizer.param_groups
@@ -186,27 +177,27 @@ def test_the_state_moves_to_a_host_that_decides_and_back() -> None:
     assert again.sums.peek() == host.sums.peek() == svi.sums.peek()
 
 
-def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(
-    rehearsal: Callable[[Callable[[], list[Tensor]]], list[Recording]],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """One line says why, once."""
-    rehearsal(list)
+class Refusal(Rehearsal):
+    """Fails as a GPU does, after running through the step."""
 
-    @contextmanager
-    def refuse(graph: Recording) -> Iterator[None]:
-        yield
+    def record(
+        self, step: Callable[[Tensor], Tensor], x: Tensor
+    ) -> tuple[Callable[[], object], Tensor]:
+        super().record(step, x)
         raise RuntimeError("CUDA error: operation not permitted\nCompile with a flag.")
 
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
+
+def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One line says why, once."""
     seen: list[float] = []
 
     def step(x: Tensor) -> Tensor:
         seen.append(x.item())
         return x + 1
 
-    graph = StepGraph(step)
+    graph = StepGraph(step, Refusal())
     assert [graph(torch.tensor(float(i))).item() for i in range(8)] == [*range(1, 9)]
     assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # the sixth was tried, and nothing done on a GPU
     assert capsys.readouterr().err == (
@@ -215,11 +206,8 @@ def test_a_step_that_cannot_be_recorded_goes_on_as_it_is(
     )
 
 
-def test_a_batch_of_another_size_is_not_replayed(
-    rehearsal: Callable[[Callable[[], list[Tensor]]], list[Recording]],
-) -> None:
-    rehearsal(list)
-    graph = StepGraph(lambda x: x.sum())
+def test_a_batch_of_another_size_is_not_replayed() -> None:
+    graph = StepGraph(lambda x: x.sum(), Rehearsal())
     results = [graph(torch.full((n,), 2.0)).item() for n in (4, 4, 4, 4, 4, 4, 3, 4)]
     assert results == [8, 8, 8, 8, 8, 8, 6, 8]
 
@@ -234,7 +222,12 @@ def test_on_a_gpu_replays_follow_the_steps_and_wait_for_nothing() -> None:
         loss_fn: Any = FreeBitsELBO(0.5, analytic_kl=True)(*build_ladder(config, (1, 28, 28)))
         loss_fn = loss_fn.cuda()
         optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-3)
-        svi = DeviceSVI(loss_fn, optimizer, record=recorded, average=MovingAverage(loss_fn, 0.9))
+        svi = DeviceSVI(
+            loss_fn,
+            optimizer,
+            recorder=CudaRecorder() if recorded else None,
+            average=MovingAverage(loss_fn, 0.9),
+        )
         x = torch.rand(8, 1, 28, 28, device="cuda").round()
         torch.manual_seed(1)
         with pyro.validation_enabled(False):

@@ -115,7 +115,7 @@ class FreeBitsELBO(ELBO):
         return q["log_prob"] - p["log_prob"]
 
     def _free_bits(self, kl: Tensor, q: dict[str, Any]) -> Tensor | float:
-        """Free bits with the scale and mask of the layers."""
+        """Free bits with scale and mask, which handlers of images give to all layers alike."""
         if not isinstance(q["scale"], Tensor) and q["mask"] is None:
             return self.free_bits * q["scale"]
         one = torch.full_like(kl[..., 0].detach(), self.free_bits)
@@ -155,8 +155,8 @@ class ImportanceWeightedELBO(FreeBitsELBO):
         sum_k v_k d log p(x, z_k)                   with z_k held fixed, and
         sum_k v_k^2 (d log w_k / d z_k) d z_k       with the densities' own parameters held fixed.
 
-    The plain gradient of the guide gets noisier as K grows; this one does not. Networks that model
-    and guide share take part in both sums.
+    As K grows, the signal-to-noise ratio of the guide's plain gradient falls; that of this one does
+    not. Networks that model and guide share take part in both sums.
 
     Args:
         num_particles: K, at least 2. All particles pass through the networks together.

@@ -92,13 +92,10 @@ def draw_bound(
     samples: Sequence[int],
     negative_bound: Sequence[float],
     standard_error: Sequence[float],
-    *,
-    reference: tuple[str, float] | None = None,
 ) -> None:
     """Draw the mean negative bound in nats against the number of importance samples.
 
-    The band shows one standard error to each side; `reference` is the name and level of a line to
-    compare with.
+    The band shows one standard error to each side.
     """
     figure, axes = new_chart(
         "Importance-weighted bound", "importance samples K", "negative bound, nats per image"
@@ -108,9 +105,6 @@ def draw_bound(
         samples, mean - error, mean + error, color=BLUE, alpha=0.2, label="± 1 standard error"
     )
     axes.plot(samples, mean, color=BLUE, marker="o", markersize=4, label="mean over images")
-    if reference is not None:
-        name, level = reference
-        axes.axhline(level, color=ORANGE, linestyle="--", label=f"{name}: {level:.2f}")
     axes.set_xscale("log")
     ticks = _spaced(samples)
     axes.set_xticks(ticks, [f"{k:,}" for k in ticks])

@@ -247,12 +247,11 @@ def test_kl_of_a_ladder_that_learned_nothing(drawn: Callable[..., Any]) -> None:
     assert axes.get_xlim()[0] == 0
 
 
-def test_the_bound_has_its_band_and_its_reference(drawn: Callable[..., Any]) -> None:
+def test_the_bound_has_its_band(drawn: Callable[..., Any]) -> None:
     samples, mean, error = [1, 10, 1000], [82.0, 80.0, 79.5], [0.5, 0.25, 0.125]
-    axes = drawn(charts.draw_bound, samples, mean, error, reference=("reference", 79.24))
-    curve, level = axes.lines
+    axes = drawn(charts.draw_bound, samples, mean, error)
+    (curve,) = axes.lines
     assert curve.get_xydata().tolist() == [[1, 82.0], [10, 80.0], [1000, 79.5]]
-    assert list(level.get_ydata()) == [79.24, 79.24]
     band = {tuple(point) for point in axes.collections[0].get_paths()[0].vertices.tolist()}
     assert band == {
         (k, m + sign * e)
@@ -261,11 +260,7 @@ def test_the_bound_has_its_band_and_its_reference(drawn: Callable[..., Any]) -> 
     }
     assert axes.get_xscale() == "log"
     assert texts(axes.get_xticklabels()) == ["1", "10", "1,000"]
-    assert texts(axes.get_legend().get_texts()) == [
-        "± 1 standard error",
-        "mean over images",
-        "reference: 79.24",
-    ]
+    assert texts(axes.get_legend().get_texts()) == ["± 1 standard error", "mean over images"]
 
 
 def test_the_bound_of_every_k_has_ticks_with_room_between_them(drawn: Callable[..., Any]) -> None:

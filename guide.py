@@ -32,7 +32,8 @@ from ladder_vae.networks.blocks import (
 )
 from ladder_vae.networks.handlers import HideObserved, register
 from ladder_vae.networks.images import check_images
-from model import LadderModel, normal_from
+from ladder_vae.networks.normals import SCALES, NormalFrom
+from model import LadderModel
 
 
 class BottomUp(nn.Module):
@@ -71,24 +72,28 @@ class BottomUp(nn.Module):
 class TopPosterior(nn.Module):
     """q(z_L | x), computed from d_L."""
 
-    def __init__(self, channels: int, z_channels: int) -> None:
+    def __init__(self, channels: int, z_channels: int, normal_from: NormalFrom) -> None:
         super().__init__()
+        self.normal_from = normal_from
         self.conv = ParameterConv(channels, 2 * z_channels)
 
     def forward(self, d: Tensor) -> dist.TorchDistribution:
-        return normal_from(self.conv(d))
+        return self.normal_from(self.conv(d))
 
 
 class ConditionalPosterior(nn.Module):
     """q(z_i | z_{>i}, x), computed from d_i merged with h_{i+1}."""
 
-    def __init__(self, style: BlockStyle, merge_type: str, z_channels: int) -> None:
+    def __init__(
+        self, style: BlockStyle, merge_type: str, z_channels: int, normal_from: NormalFrom
+    ) -> None:
         super().__init__()
+        self.normal_from = normal_from
         self.merge = Merge(merge_type, style)
         self.conv = ParameterConv(style.channels, 2 * z_channels)
 
     def forward(self, d: Tensor, h_above: Tensor) -> dist.TorchDistribution:
-        return normal_from(self.conv(on_batches(self.merge, d, h_above)))
+        return self.normal_from(self.conv(on_batches(self.merge, d, h_above)))
 
 
 class LadderGuide(GuideMessenger, nn.Module):
@@ -115,9 +120,11 @@ class LadderGuide(GuideMessenger, nn.Module):
         self.likelihood_name = config.likelihood
         style = config.block_style()
         self.bottom_up = BottomUp(style, config, image_shape)
-        self.top_posterior = TopPosterior(config.n_filters, config.z_dims[-1])
+        normal_from = SCALES[config.scales]
+        self.top_posterior = TopPosterior(config.n_filters, config.z_dims[-1], normal_from)
         self.posteriors = nn.ModuleList(
-            ConditionalPosterior(style, config.merge_layers, z) for z in config.z_dims[:-1]
+            ConditionalPosterior(style, config.merge_layers, z, normal_from)
+            for z in config.z_dims[:-1]
         )
         self._features: Sequence[Tensor] = ()
         self._from_prior = 0

@@ -11,6 +11,8 @@ ladder differs from that of Sønderby et al. in its skip connections and convolu
 in using free bits, with or without an annealed KL (see `elbo.py`).
 """
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -18,40 +20,46 @@ from torch import Tensor, nn
 
 from ladder_vae.networks import LadderConfig
 from ladder_vae.networks.batches import on_batches
-from ladder_vae.networks.blocks import BlockStyle, Merge, ParameterConv, crop_to, residual_blocks
+from ladder_vae.networks.blocks import (
+    BlockStyle,
+    Merge,
+    ParameterConv,
+    SubPixelConv,
+    crop_to,
+    residual_blocks,
+)
 from ladder_vae.networks.handlers import register
 from ladder_vae.networks.images import check_images
-from ladder_vae.networks.likelihoods import LIKELIHOODS
-
-
-def normal_from(parameters: Tensor) -> dist.TorchDistribution:
-    """Normal over feature maps (*batch, Z, h, w), from parameters (*batch, 2 Z, h, w)."""
-    mean, log_variance = parameters.chunk(2, dim=-3)
-    return dist.Normal(mean, (log_variance / 2).exp()).to_event(3)
+from ladder_vae.networks.likelihoods import LIKELIHOODS, Convolution
+from ladder_vae.networks.normals import SCALES, NormalFrom
 
 
 class TopPrior(nn.Module):
     """p(z_L): one mean and log-variance for all images, initially zero, learned or fixed."""
 
-    def __init__(self, z_channels: int, size: tuple[int, int], *, learned: bool) -> None:
+    def __init__(
+        self, z_channels: int, size: tuple[int, int], normal_from: NormalFrom, *, learned: bool
+    ) -> None:
         super().__init__()
+        self.normal_from = normal_from
         self.mean_log_variance = nn.Parameter(
             torch.zeros(1, 2 * z_channels, *size), requires_grad=learned
         )
 
     def forward(self, *batch: int) -> dist.TorchDistribution:
-        return normal_from(self.mean_log_variance.expand(*batch, -1, -1, -1))
+        return self.normal_from(self.mean_log_variance.expand(*batch, -1, -1, -1))
 
 
 class ConditionalPrior(nn.Module):
     """p(z_i | z_{>i}), computed from the feature map h_{i+1} of the layer above."""
 
-    def __init__(self, channels: int, z_channels: int) -> None:
+    def __init__(self, channels: int, z_channels: int, normal_from: NormalFrom) -> None:
         super().__init__()
+        self.normal_from = normal_from
         self.conv = ParameterConv(channels, 2 * z_channels)
 
     def forward(self, h_above: Tensor) -> dist.TorchDistribution:
-        return normal_from(self.conv(h_above))
+        return self.normal_from(self.conv(h_above))
 
 
 class TopDownLayer(nn.Module):
@@ -73,22 +81,26 @@ class TopDownLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Computes the last feature map, which has the size of the image, from h_1."""
+    """Computes the last feature map from h_1.
+
+    It has the size of the image or, with `pixel_shuffle`, half the size of the padded image.
+    """
 
     def __init__(
         self, style: BlockStyle, config: LadderConfig, image_size: tuple[int, int]
     ) -> None:
         super().__init__()
-        self.image_size = image_size
+        self.image_size = None if config.pixel_shuffle else image_size
         self.upsample = (
             nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-            if config.initial_downscaling
+            if config.initial_downscaling and not config.pixel_shuffle
             else nn.Identity()
         )
         self.blocks = residual_blocks(style, config.blocks_per_layer)
 
     def forward(self, h: Tensor) -> Tensor:
-        return crop_to(self.blocks(self.upsample(h)), self.image_size)
+        h = self.blocks(self.upsample(h))
+        return h if self.image_size is None else crop_to(h, self.image_size)
 
 
 class LadderModel(nn.Module):
@@ -109,9 +121,12 @@ class LadderModel(nn.Module):
         style = config.block_style()
         depth = len(config.z_dims)
 
-        self.top_prior = TopPrior(config.z_dims[-1], sizes[-1], learned=config.learn_top_prior)
+        normal_from = SCALES[config.scales]
+        self.top_prior = TopPrior(
+            config.z_dims[-1], sizes[-1], normal_from, learned=config.learn_top_prior
+        )
         self.priors = nn.ModuleList(
-            ConditionalPrior(config.n_filters, z) for z in config.z_dims[:-1]
+            ConditionalPrior(config.n_filters, z, normal_from) for z in config.z_dims[:-1]
         )
         self.layers = nn.ModuleList(
             TopDownLayer(
@@ -124,7 +139,10 @@ class LadderModel(nn.Module):
             for i in range(depth)
         )
         self.decoder = Decoder(style, config, (image_size[0], image_size[1]))
-        self.likelihood = LIKELIHOODS[config.likelihood](config.n_filters, image_channels)
+        convolution: Convolution = partial(ParameterConv, config.n_filters)
+        if config.pixel_shuffle:
+            convolution = partial(SubPixelConv, config.n_filters, size=image_size)
+        self.likelihood = LIKELIHOODS[config.likelihood](convolution, image_channels)
 
     def forward(self, x: Tensor | None = None, n: int = 1) -> Tensor:
         """The generative program: observe `x` (N, C, H, W) in [0, 1], or draw `n` new images.

@@ -8,29 +8,20 @@ images are not used. Writes a file per recipe and random seed to results/recipes
 """
 
 import argparse
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyro
-import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import evaluate
-import guide
-import model
 import train_svi
 from benchmarks.harness.arguments import add_data_dir, benchmark_parser, config_of_text
 from benchmarks.harness.records import ROOT
-from ladder_vae.networks.blocks import ResidualBlock
 from ladder_vae.runs.metrics_log import finite_entries, newest
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
@@ -59,60 +50,12 @@ DEEP = (
 BOUND_IMAGES = 1_000  # random validation images for the bound with 100 samples, the same for all
 
 
-@contextmanager
-def unchanged() -> Iterator[None]:
-    """No change."""
-    yield
-
-
-def _soft_clamped(parameters: Tensor) -> dist.TorchDistribution:
-    """`model.normal_from` with mean and log-scale softly clamped to +-5."""
-    mean, log_variance = parameters.chunk(2, dim=1)
-    mean, log_scale = (5 * torch.tanh(value / 5) for value in (mean, log_variance / 2))
-    return dist.Normal(mean, log_scale.exp()).to_event(3)
-
-
-def _softplus(parameters: Tensor) -> dist.TorchDistribution:
-    """`model.normal_from` with the softplus of half the log-variance as scale, 1 at 0."""
-    mean, log_variance = parameters.chunk(2, dim=1)
-    return dist.Normal(mean, F.softplus(log_variance / 2, beta=math.log(2))).to_event(3)
-
-
-@contextmanager
-def soft_clamp() -> Iterator[None]:
-    """Posteriors with mean and log-scale softly clamped to +-5."""
-    with mock.patch.object(guide, "normal_from", _soft_clamped):
-        yield
-
-
-@contextmanager
-def softplus_scales() -> Iterator[None]:
-    """Priors and posteriors with softplus scales."""
-    with (
-        mock.patch.object(model, "normal_from", _softplus),
-        mock.patch.object(guide, "normal_from", _softplus),
-    ):
-        yield
-
-
-def scale_branches(module: nn.Module) -> None:
-    """Divide the last convolution of each residual branch by sqrt(number of blocks)."""
-    blocks = [m for m in module.modules() if isinstance(m, ResidualBlock)]
-    with torch.no_grad():
-        for block in blocks:
-            convolutions = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-            for parameter in convolutions[-1].parameters():
-                parameter.div_(math.sqrt(len(blocks)))
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """A way of training: options of train_svi.py, and possibly a change of the network."""
+    """A way of training: options of train_svi.py."""
 
     options: str
     says: str
-    change: Callable[[], Any] = unchanged  # a context in which the network is built and trained
-    adjust: Callable[[nn.Module], object] = lambda _: None  # called on the initial weights
 
     @property
     def is_deep(self) -> bool:
@@ -151,12 +94,10 @@ RECIPES: dict[str, Recipe] = {
         cosine("2e-2", 25, 0.96) + " --batch-size 256", "2e-2 ... batch of 256, a quarter the steps"
     ),
     "clip": Recipe(cosine("1e-2") + " --grad-clip 20", "1e-2 ... gradient clipped to norm 20"),
-    "soft-clamp": Recipe(cosine("1e-2"), "1e-2 ... posteriors softly clamped to +-5", soft_clamp),
-    "softplus": Recipe(cosine("1e-2"), "1e-2 ... softplus scales", softplus_scales),
+    "bounded": Recipe(cosine("1e-2") + " --scales bounded", "1e-2 ... scales softly clamped"),
+    "softplus": Recipe(cosine("1e-2") + " --scales softplus", "1e-2 ... softplus scales"),
     "scaled-branches": Recipe(
-        cosine("1e-2"),
-        "1e-2 ... branches initially scaled by 1/sqrt(blocks)",
-        adjust=scale_branches,
+        cosine("1e-2") + " --scale-branches", "1e-2 ... branches initially scaled by 1/sqrt(blocks)"
     ),
     "deep-3e-4": Recipe(deep("3e-4"), "the reference's 3e-4, warm-up of 50 steps"),
     "deep-3e-3": Recipe(deep("3e-3"), "3e-3, warm-up of 50 steps"),
@@ -168,12 +109,11 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
     """Train and evaluate one recipe; returns the file of its results."""
     recipe = RECIPES[name]
     config = recipe.config(seed)
-    with tempfile.TemporaryDirectory() as temporary, recipe.change():
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         began = time.monotonic()
         with Interruption() as signals:
             trainer, _ = train_svi.begin(config, folder, device=CPU, data_dir=data_dir)
-            recipe.adjust(trainer.loss_fn)
             train(trainer, Run.open(folder), signals)
             signals.check()
         minutes = (time.monotonic() - began) / 60

@@ -139,6 +139,23 @@ class ParameterConv(nn.Conv2d):
             return on_batches(super().forward, h.to(self.weight.dtype))
 
 
+class SubPixelConv(ParameterConv):
+    """A `ParameterConv` whose output has twice the size of its input, cropped to `size`.
+
+    It computes the parameters of 2x2 pixels as the channels of one position, and shuffles them
+    (Shi et al., 2016, "Real-time single image and video super-resolution using an efficient
+    sub-pixel convolutional neural network").
+    """
+
+    def __init__(self, channels: int, parameter_channels: int, size: Sequence[int]) -> None:
+        super().__init__(channels, 4 * parameter_channels)
+        self.size = size
+
+    def forward(self, h: Tensor) -> Tensor:
+        """From h (*batch, C, h, w) to parameters (*batch, `parameter_channels`, *size)."""
+        return crop_to(F.pixel_shuffle(super().forward(h), 2), self.size)
+
+
 def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """Zero-pad images (N, C, H, W) to `size` (H', W'), the smaller half on the top and left."""
     dh, dw = size[0] - x.shape[-2], size[1] - x.shape[-1]
@@ -148,7 +165,7 @@ def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Undo `pad_to`: crop feature maps (N, C, H', W') to `size` (H, W)."""
+    """Undo `pad_to`: crop feature maps (*batch, C, H', W') to `size` (H, W)."""
     dh, dw = x.shape[-2] - size[0], x.shape[-1] - size[1]
     if dh == 0 and dw == 0:
         return x

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin
 
 from ladder_vae.networks.blocks import ACTIVATIONS, MERGE_TYPES, RESIDUAL_TYPES, BlockStyle
 from ladder_vae.networks.likelihoods import LIKELIHOODS
+from ladder_vae.networks.normals import SCALES
 
 # A function that returns whether a value is valid, and a description of the valid values.
 Check = tuple[Callable[[Any], bool], str]
@@ -102,6 +103,16 @@ class LadderConfig:
     dropout: float = setting(0.2, "channel dropout probability", check=FRACTION)
     learn_top_prior: bool = setting(False, "learn the prior of the top layer")
     initial_downscaling: bool = setting(True, "halve the image's size before the first layer")
+    pixel_shuffle: bool = setting(
+        False,
+        "decoder at half the image's size; a sub-pixel convolution makes the pixels' parameters",
+    )
+    scales: str = setting(
+        "exp",
+        "standard deviations of priors and posteriors: exp of half the log-variance; softplus, "
+        "which grows linearly; bounded, with mean and log-scale softly clamped to +-5",
+        choices=tuple(SCALES),
+    )
     likelihood: str = setting("bernoulli", "distribution of x given z", choices=tuple(LIKELIHOODS))
 
     def __post_init__(self) -> None:
@@ -118,6 +129,11 @@ class LadderConfig:
             raise ValueError(
                 f"`downsample` asks for {max(self.downsample)} halvings in one layer but "
                 f"`blocks_per_layer` is {self.blocks_per_layer}; each halving needs a block"
+            )
+        if self.pixel_shuffle and not self.initial_downscaling:
+            raise ValueError(
+                "`pixel_shuffle` doubles the size of the last feature map, which is the image's if "
+                "`initial_downscaling` is off; switch one of them"
             )
         if self.downscaling > 1024:
             raise ValueError(

@@ -1,8 +1,4 @@
-"""Data-dependent initialisation of the convolutions.
-
-Salimans and Kingma (2016), "Weight Normalization: A Simple Reparameterization to Accelerate
-Training of Deep Neural Networks", section 3, here for plain convolutions.
-"""
+"""Initial weights: data-dependent ones, and smaller residual branches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ladder_vae.networks.blocks import ResidualBlock
+
 
 @contextmanager
 def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]:
     """A context that initialises every convolution of `modules` from the batch that runs in it.
+
+    Salimans and Kingma (2016), "Weight Normalization: A Simple Reparameterization to Accelerate
+    Training of Deep Neural Networks", section 3, here for plain convolutions.
 
     On entry, weights are drawn Kaiming-normal and biases are set to zero. When a convolution runs,
     it is rescaled and shifted per output channel,
@@ -56,3 +57,17 @@ def data_dependent_init(*modules: nn.Module, std: float = 0.1) -> Iterator[None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def scale_branches(module: nn.Module) -> None:
+    """Divide the last convolution of each residual branch by sqrt(n), for n residual blocks.
+
+    The variance of the feature maps then does not grow with the depth of the network. Child (2021),
+    "Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images", section 4.
+    """
+    blocks = [m for m in module.modules() if isinstance(m, ResidualBlock)]
+    with torch.no_grad():
+        for block in blocks:
+            *_, last = (m for m in block.modules() if isinstance(m, nn.Conv2d))
+            for parameter in last.parameters():
+                parameter.div_(len(blocks) ** 0.5)

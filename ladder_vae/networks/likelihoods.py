@@ -1,9 +1,12 @@
-"""Likelihood heads, from the last feature map (N, C, H, W) to p(x | z).
+"""Likelihood heads, from the last feature map (N, C, h, w) to p(x | z).
 
 Each returns a distribution with batch shape (N,) and event shape (image channels, H, W), over
 images in [0, 1]; log-probabilities are in nats per image. Bounds compare only within a `kind`.
+A head's `convolution` is a function from a number of parameters per pixel to the convolution that
+computes them: a `ParameterConv`, or a `SubPixelConv` for a feature map of half the image's size.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -14,16 +17,17 @@ from ladder_vae.networks.discretized_logistic import MIN_LOG_SCALE, DiscretizedL
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
 DENSITY = "density"
+Convolution = Callable[[int], ParameterConv]
 
 
 class _Head(nn.Module):
-    """A 3x3 convolution to the parameters of p(x | z), a probability or a density by its `kind`."""
+    """A convolution to the parameters of p(x | z), a probability or a density by its `kind`."""
 
     kind: ClassVar[str]
 
-    def __init__(self, channels: int, parameter_channels: int) -> None:
+    def __init__(self, convolution: Convolution, parameter_channels: int) -> None:
         super().__init__()
-        self.conv = ParameterConv(channels, parameter_channels)
+        self.conv = convolution(parameter_channels)
 
 
 class Bernoulli(_Head):
@@ -31,8 +35,8 @@ class Bernoulli(_Head):
 
     kind = "probability of 2 levels"
 
-    def __init__(self, channels: int, image_channels: int) -> None:
-        super().__init__(channels, image_channels)
+    def __init__(self, convolution: Convolution, image_channels: int) -> None:
+        super().__init__(convolution, image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=self.conv(h)).to_event(3)
@@ -46,8 +50,8 @@ class Gaussian(_Head):
 
     kind = DENSITY
 
-    def __init__(self, channels: int, image_channels: int) -> None:
-        super().__init__(channels, 2 * image_channels)
+    def __init__(self, convolution: Convolution, image_channels: int) -> None:
+        super().__init__(convolution, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         mean, log_variance = self.conv(h).chunk(2, dim=-3)
@@ -63,8 +67,8 @@ class DiscretizedLogisticHead(_Head):
 
     kind = "probability of 256 levels"
 
-    def __init__(self, channels: int, image_channels: int) -> None:
-        super().__init__(channels, 2 * image_channels)
+    def __init__(self, convolution: Convolution, image_channels: int) -> None:
+        super().__init__(convolution, 2 * image_channels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         loc, log_scale = self.conv(h).chunk(2, dim=-3)
@@ -77,13 +81,13 @@ class DiscretizedLogisticMixtureHead(_Head):
 
     kind = "probability of 256 levels"
 
-    def __init__(self, channels: int, image_channels: int) -> None:
+    def __init__(self, convolution: Convolution, image_channels: int) -> None:
         if image_channels != 3:
             raise ValueError(
                 "`likelihood` discr_log_mix needs images of 3 channels (red, green and blue); "
                 f"for {image_channels} use discr_log"
             )
-        super().__init__(channels, 10 * 10)
+        super().__init__(convolution, 10 * 10)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return DiscretizedLogisticMixture.from_channels(self.conv(h))

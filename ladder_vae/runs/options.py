@@ -124,6 +124,12 @@ class RunConfig:
     data_dep_init: bool = setting(
         False, "data-dependent initialisation of the weights", group="optimisation"
     )
+    scale_branches: bool = setting(
+        False,
+        "divide the last convolution of each residual branch by the square root of the number of "
+        "branches, at the start",
+        group="optimisation",
+    )
     seed: int = setting(42, "random seed", check=SEED, group="optimisation")
 
     precision: str = setting(

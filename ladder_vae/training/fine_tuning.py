@@ -31,8 +31,8 @@ class InitialWeights:
     def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options of a run that starts from the weights, `given` ones included, by name.
 
-        Architecture and data set are those of the weights, and data-dependent initialisation is
-        off. Raises `UserError` if a given option asks for another architecture.
+        Architecture and data set are those of the weights, and the options for random initial
+        weights are off. Raises `UserError` if a given option asks for another architecture.
         """
         described = self.source.description
         ladder = asdict(described.ladder)
@@ -45,7 +45,8 @@ class InitialWeights:
                 )
         free = {name: given[name] for name in _FREE if name in given}
         dataset = {"dataset": described.content["config"]["dataset"]}
-        return dataset | dict(given) | ladder | free | {"data_dep_init": False}
+        initial = {"data_dep_init": False, "scale_branches": False}
+        return dataset | dict(given) | ladder | free | initial
 
     def check_images(self, shape: tuple[int, int, int]) -> None:
         """Raise `UserError` unless the weights are for images of this shape."""

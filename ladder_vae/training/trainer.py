@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import ImageSet, TrainingBatches
-from ladder_vae.networks.initialization import data_dependent_init
+from ladder_vae.networks.initialization import data_dependent_init, scale_branches
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.checkpoint import load_weights
 from ladder_vae.runs.options import RunConfig
@@ -117,11 +117,13 @@ class Trainer:
         return self.length.progress(self.step, self.minutes) >= 1
 
     def initialise(self) -> None:
-        """With `data_dep_init`, set the initial weights from the first batch."""
+        """Set the initial weights: `data_dep_init`, from the first batch, and `scale_branches`."""
         if self.config.data_dep_init:
             self.loss_fn.train()
             with data_dependent_init(self.loss_fn):
                 self.loss_fn.guide(self.batches(0))
+        if self.config.scale_branches:
+            scale_branches(self.loss_fn)
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Set the initial weights, also of the average; raises `UserError` if they do not fit."""

@@ -23,7 +23,8 @@ from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.importance import Bounds, importance_weighted_bounds
 from ladder_vae.evaluation.pareto import UNRELIABLE
 from ladder_vae.networks import LadderConfig
-from model import LadderModel, normal_from
+from ladder_vae.networks.normals import exponential
+from model import LadderModel
 
 SAMPLES = [1, 4, 16, 64, 256]
 
@@ -292,7 +293,7 @@ class ExactGuide(LadderGuide):
             found = self.conditional(0, x)
         else:
             found = self.conditional(1, torch.cat([self.upstream_value("z_2").flatten(1), x], 1))
-        return normal_from(torch.cat(found, 1).float()[:, :, None, None])
+        return exponential(torch.cat(found, 1).float()[:, :, None, None])
 
 
 @pytest.fixture

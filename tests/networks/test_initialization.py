@@ -1,4 +1,4 @@
-"""Data-dependent initialisation."""
+"""Initial weights: data-dependent ones, and smaller residual branches."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ladder_vae.networks.initialization import data_dependent_init
+from ladder_vae.networks.blocks import ResidualBlock
+from ladder_vae.networks.initialization import data_dependent_init, scale_branches
 from tests.networks.blocks_definitions import MakePair, Noise, feature_map, noise_for
 
 
@@ -158,3 +159,18 @@ def test_data_dependent_init_starts_afresh(make_pair: MakePair, x: Tensor) -> No
     assert_close(results[0], results[1])
     for old, p in zip(kept, others, strict=True):
         assert torch.equal(old, p)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_scaled_branches(make_pair: MakePair, gated: bool) -> None:
+    """The last convolution of each branch is divided by sqrt(n); nothing else changes."""
+    model, _ = make_pair(gated=gated)
+    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
+    last = {[m for m in block.modules() if isinstance(m, nn.Conv2d)][-1] for block in blocks}
+    assert {conv.kernel_size for conv in last} == {(1, 1) if gated else (3, 3)}
+    before = {m: [p.clone() for p in m.parameters(recurse=False)] for m in model.modules()}
+    scale_branches(model)
+    for module, parameters in before.items():
+        factor = len(blocks) ** -0.5 if module in last else 1.0
+        for now, earlier in zip(module.parameters(recurse=False), parameters, strict=True):
+            assert_close(now, factor * earlier)

@@ -15,8 +15,10 @@ from ladder_vae.networks.blocks import (
     ACTIVATIONS,
     Gate,
     ResidualBlock,
+    SubPixelConv,
 )
-from model import Decoder, LadderModel, TopDownLayer, TopPrior, normal_from
+from ladder_vae.networks.normals import exponential
+from model import Decoder, LadderModel, TopDownLayer, TopPrior
 from tests.networks.blocks_definitions import (
     MakeConfig,
     MakePair,
@@ -123,6 +125,28 @@ def test_decoder_upsamples_bilinearly(tiny_config: MakeConfig) -> None:
     assert_close(decoder(x), decoder.blocks(h), rtol=1e-4, atol=1e-5)
 
 
+def test_decoder_at_half_the_size(tiny_config: MakeConfig) -> None:
+    """With `pixel_shuffle` the decoder neither upsamples nor crops: the likelihood's head does."""
+    config = tiny_config(pixel_shuffle=True)
+    decoder = settled(Decoder(config.ladder.block_style(), config.ladder, (5, 7)))
+    h = feature_map(size=(4, 4))
+    assert torch.equal(decoder(h), decoder.blocks(h))
+
+
+def test_sub_pixel_convolution() -> None:
+    """Each position's outputs become 2x2 pixels, and the padding of the image is cropped."""
+    conv = SubPixelConv(4, 3, (5, 7))
+    h = torch.randn(2, 4, 4, 4)
+    outputs = F.conv2d(h, conv.weight, conv.bias, padding=1)  # (2, 12, 4, 4)
+    expected = torch.empty(2, 3, 8, 8)
+    for p in range(3):
+        for a in range(2):
+            for b in range(2):
+                expected[:, p, a::2, b::2] = outputs[:, 4 * p + 2 * a + b]
+    assert_close(conv(h), expected[:, :, 1:6, 0:7])
+    assert_close(conv(h.expand(3, 2, 4, 4, 4))[1], conv(h))
+
+
 SHAPES = [(1, 1, 1), (3, 7, 9), (1, 28, 28), (2, 13, 5)]
 DOWNSAMPLE = [[0, 0, 0], [1, 1, 1], [0, 2, 1], [2, 0, 0]]
 
@@ -143,7 +167,11 @@ def test_any_image_size(
 ) -> None:
     """Images of any size go in and come out, with latents of the configuration's sizes."""
     config = tiny_config(
-        downsample=downsample, initial_downscaling=initial, blocks_per_layer=2, skip=True
+        downsample=downsample,
+        initial_downscaling=initial,
+        blocks_per_layer=2,
+        skip=True,
+        pixel_shuffle=initial and downsample != [1, 1, 1],
     ).ladder
     model = LadderModel(config, image_shape).eval()
     guide: Any = LadderGuide(model, config, image_shape).eval()
@@ -176,7 +204,7 @@ def test_any_image_size(
 @pytest.mark.parametrize("learned", [False, True])
 def test_top_prior(make_pair: MakePair, x: Tensor, learned: bool) -> None:
     """Standard normal initially; learned or fixed."""
-    prior = TopPrior(3, (2, 4), learned=learned)
+    prior = TopPrior(3, (2, 4), exponential, learned=learned)
     normal: Any = prior(5)
     assert (normal.batch_shape, normal.event_shape) == ((5,), (3, 2, 4))
     assert torch.equal(normal.base_dist.loc, torch.zeros(5, 3, 2, 4))
@@ -208,15 +236,6 @@ def test_top_prior_is_shared_by_all_images(make_pair: MakePair) -> None:
     for k in range(4):
         assert torch.equal(normal.loc[k], mean)
         assert_close(normal.scale[k], log_variance.exp().sqrt())
-
-
-def test_parameters_of_a_normal() -> None:
-    """The first half of the channels is the mean, the second the log-variance."""
-    parameters = torch.randn(2, 6, 3, 4)
-    normal: Any = normal_from(parameters)
-    assert (normal.batch_shape, normal.event_shape) == ((2,), (3, 3, 4))
-    assert torch.equal(normal.base_dist.loc, parameters[:, :3])
-    assert_close(normal.base_dist.variance, parameters[:, 3:].exp())
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 from elbo import FreeBitsELBO
 from ladder_vae.evaluation.sampling import prior_samples, reconstructions
+from ladder_vae.networks.blocks import ParameterConv
 from ladder_vae.networks.discretized_logistic import DiscretizedLogistic
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 from ladder_vae.networks.likelihoods import LIKELIHOODS
@@ -23,7 +25,7 @@ OUTPUTS = {"bernoulli": 3, "gaussian": 6, "discr_log": 6, "discr_log_mix": 100}
 
 
 def head_and_features(name: str) -> tuple[Any, Tensor]:
-    return LIKELIHOODS[name](4, 3), torch.randn(5, 4, 6, 7)
+    return LIKELIHOODS[name](partial(ParameterConv, 4), 3), torch.randn(5, 4, 6, 7)
 
 
 def pixels(*shape: int) -> Tensor:
@@ -111,13 +113,14 @@ def test_double_precision_is_kept(name: str) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_the_mixture_is_for_colour(channels: int) -> None:
     with pytest.raises(ValueError, match="`likelihood` discr_log_mix needs images of 3 channels"):
-        LIKELIHOODS["discr_log_mix"](4, channels)
+        LIKELIHOODS["discr_log_mix"](partial(ParameterConv, 4), channels)
 
 
+@pytest.mark.parametrize("pixel_shuffle", [False, True])
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_ladder(name: str, make_pair: MakePair) -> None:
+def test_ladder(name: str, pixel_shuffle: bool, make_pair: MakePair) -> None:
     """A ladder's gradients, samples, reconstructions and image grids."""
-    model, guide = make_pair((3, 8, 10), likelihood=name)
+    model, guide = make_pair((3, 8, 10), likelihood=name, pixel_shuffle=pixel_shuffle)
     x = pixels(5, 3, 8, 10)
     FreeBitsELBO(0.5)(model, guide)(x).backward()
     for parameter in model.likelihood.parameters():
@@ -137,7 +140,7 @@ def test_ladder(name: str, make_pair: MakePair) -> None:
 def test_learning_brings_the_mean_to_the_data(name: str) -> None:
     """A head whose biases alone are trained on one colour learns this colour as its mean."""
     x = torch.tensor([51 / 255, 204 / 255, 102 / 255]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    head, h = LIKELIHOODS[name](2, 3), torch.zeros(1, 2, 4, 4)
+    head, h = LIKELIHOODS[name](partial(ParameterConv, 2), 3), torch.zeros(1, 2, 4, 4)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     assert (head(h).mean - x).abs().max() > 0.2
     for _ in range(200):

@@ -75,6 +75,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "`downsample` asks for 3 halvings in one layer but `blocks_per_layer` is 2; each halving",
     ),
     (
+        {"pixel_shuffle": True, "initial_downscaling": False},
+        "`pixel_shuffle` doubles the size of the last feature map, which is the image's if "
+        "`initial_downscaling` is off; switch one of them",
+    ),
+    (
         {"lr_decay": "cosine"},
         "`lr_decay` needs the run's length: give `steps`, `epochs` or `max_minutes`",
     ),

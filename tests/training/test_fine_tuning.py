@@ -30,7 +30,9 @@ def test_a_run_starts_from_the_averaged_weights(trained_run: Path, published: Pa
     expected = Run.open(trained_run).load_checkpoint(30, CPU)["average"]["weights"]
     for path in (trained_run, published, published / "model.safetensors"):
         out = Path(f"from-{path.name}")
-        options = words("--ema 0.5 --dropout 0.1 --data-dep-init --tr-log-interv 1")
+        options = words(
+            "--ema 0.5 --dropout 0.1 --data-dep-init --scale-branches --tr-log-interv 1"
+        )
         assert train("--init-from", path, *SHORT, *options, "--out", out) == 0
         fine_tuned = Run.open(out)
         original = Run.open(trained_run)

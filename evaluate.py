@@ -23,21 +23,26 @@ import datasets
 from datasets import ImageSet
 from datasets.folder import load_folder
 from ladder import Ladder
+from ladder_vae.evaluation.annealed import Annealed, AnnealedSampler, Annealer, Annealing
 from ladder_vae.evaluation.folders import check_replaceable, evaluation_folder
-from ladder_vae.evaluation.importance import Blocks, Bounds, ImportanceSampler, random_index
-from ladder_vae.evaluation.metrics import Metrics, curve_samples, metrics, write_per_image
+from ladder_vae.evaluation.groups import Found, Sampler
+from ladder_vae.evaluation.importance import Blocks, Bounds, ImportanceSampler
+from ladder_vae.evaluation.inputs import choose_images
+from ladder_vae.evaluation.metrics import Metrics, annealed_metrics, curve_samples, metrics
 from ladder_vae.evaluation.options import (
+    add_annealing_options,
     add_bound_options,
     add_ladder_options,
     add_temperature_option,
+    annealing_of,
     parse,
 )
 from ladder_vae.evaluation.sampling import check_temperature
+from ladder_vae.evaluation.sandwich import sandwiched
 from ladder_vae.evaluation.scoring import ProgressFile, fingerprint, score
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.networks.precision import Execution
-from ladder_vae.reports.figures import draw_album, draw_charts
-from ladder_vae.reports.html import weights_in_words, write_evaluation_report
+from ladder_vae.reports.evaluation_files import Evaluation, write_evaluation
 from ladder_vae.reports.tables import summary
 from ladder_vae.runs.command_line import OneLineParser, as_user_errors
 from ladder_vae.runs.provenance import commit, provenance
@@ -45,7 +50,6 @@ from ladder_vae.runs.run import Run
 from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.distributed import Ranks, joined_ranks
 from runtime.errors import UserError, run_command
-from runtime.files import write_json
 
 # What to do after an interruption, or after one of several processes has died.
 ADVICE = "; the same command continues the evaluation"
@@ -121,6 +125,40 @@ class EvaluatedLadder(Ladder):
             from_prior=from_prior,
             execution=self.execution,
         )
+        return self._scored(sampler, folder, ranks, check)
+
+    def anneal(
+        self,
+        images: ImageSet,
+        index: Tensor,
+        annealing: Annealing,
+        folder: Path,
+        *,
+        seed: int,
+        ranks: Ranks,
+        check: Callable[[], object],
+    ) -> tuple[Annealed, dict[str, Any], list[ProgressFile]]:
+        """Annealed bounds of the images at `index`, with their entries of metrics.json."""
+        finished: list[ProgressFile] = []
+
+        def scored(sampler: AnnealedSampler) -> Annealed:
+            found, progress = self._scored(sampler, folder, ranks, check)
+            finished.append(progress)
+            return found
+
+        size: int = ranks.share(self.annealing_batch_size)
+        annealer = Annealer(self.model, self.guide, size, seed, self.execution, scored)
+        annealed = annealer.bounds(images, index, annealing)
+        entries = {
+            "ais": annealed_metrics(annealed, annealing, images.shape, self.config.likelihood)
+        }
+        if annealing.generated is not None:
+            entries["sandwich"] = sandwiched(annealer, annealing)
+        return annealed, entries, finished
+
+    def _scored(
+        self, sampler: Sampler[Found], folder: Path, ranks: Ranks, check: Callable[[], object]
+    ) -> tuple[Found, ProgressFile]:
         origin = {
             "config": self.run.config.to_dict(),
             "code": commit(),
@@ -157,6 +195,7 @@ def evaluate(
     seed: int = 0,
     temperature: float | Sequence[float] = 1.0,
     limit: int | None = None,
+    annealing: Annealing | None = None,
     overwrite: bool = False,
     ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
     check: Callable[[], object] = lambda: None,
@@ -164,19 +203,16 @@ def evaluate(
     """Compute bounds, and write metrics.json, per_image.npz, pictures and report.html.
 
     Args:
-        ladder: the ladder to evaluate.
         images: a split of a data set.
-        folder: where to write.
         samples: the numbers K of importance samples, ascending.
         batch_size: images times samples per pass; None to choose it by network and device.
         seed: random seed of all noise, and of the images that `limit` chooses.
-        temperature: factor on the prior's standard deviations in samples.png, for all layers or
-            for each from the bottom.
+        temperature: factor on the prior's standard deviations in samples.png (`Ladder.sample`).
         limit: number of random images to evaluate; None for all.
+        annealing: also compute annealed bounds.
         overwrite: replace an evaluation with other settings in `folder`.
         ranks: the processes that share the work; the first one writes.
-        check: called before each group of images; may raise to interrupt the evaluation, which
-            the same call resumes.
+        check: called before each group of images; may raise, and the same call then resumes.
 
     Returns the content of metrics.json, in every process. Raises `UserError` if the folder holds an
     evaluation with other settings.
@@ -188,53 +224,43 @@ def evaluate(
         **{"dataset": images.name, "split": images.split, "seed": seed, "limit": limit},
         **{"samples": list(samples), "temperature": temperature, "batch_size": size},
         "blocks": asdict(Blocks.of(size, samples[-1])),
+        "annealing": annealing and asdict(annealing),
         **ladder.origin(),
     }
     with ranks.together():
         if ranks.is_first and not overwrite:
             check_replaceable(folder, settings)
-    options: dict[str, Any] = {"batch_size": size, "seed": seed, "ranks": ranks, "check": check}
-    bounds, progress = ladder.score(images, index, curve_samples(samples), folder, **options)
-    likelihood = ladder.run.config.ladder.likelihood
-    results = (
-        metrics(bounds, samples, images.shape, likelihood) | settings | {"levels": images.levels}
-    )
+    found = computed(ladder, images, index, settings, annealing, folder, ranks, check)
     if ranks.is_first:
-        draw_charts(folder, bounds, results)
-        draw_pictures(ladder, images, folder, temperature, size, seed)
-        write_per_image(folder / "per_image.npz", bounds, index)
-        write_json(folder / "metrics.json", results)
-        write_evaluation_report(folder, ladder.run, results)
-        progress.remove()
-    return results
+        write_evaluation(folder, ladder.run, ladder.model, ladder.guide, images, index, found)
+        for progress in found.progress:
+            progress.remove()
+    return found.metrics
 
 
-def draw_pictures(
+def computed(
     ladder: EvaluatedLadder,
     images: ImageSet,
+    index: Tensor,
+    settings: dict[str, Any],
+    annealing: Annealing | None,
     folder: Path,
-    temperature: float | Sequence[float],
-    batch_size: int,
-    seed: int,
-) -> None:
-    """Draw samples, reconstructions and what each layer encodes; see `evaluate`."""
-    draw_album(
-        folder,
-        ladder.model,
-        ladder.guide,
-        ladder.config,
-        images,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
+    ranks: Ranks,
+    check: Callable[[], object],
+) -> Evaluation:
+    """All bounds of the images at `index`."""
+    options: dict[str, Any] = {"seed": settings["seed"], "ranks": ranks, "check": check}
+    size, samples = settings["batch_size"], settings["samples"]
+    bounds, progress = ladder.score(
+        images, index, curve_samples(samples), folder, batch_size=size, **options
     )
-
-
-def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
-    """The indices of `limit` random images, or of all if None; `UserError` if there are fewer."""
-    if limit is not None and limit > len(images):
-        raise UserError(f"--limit is {limit} but {images.split} has only {len(images)} images")
-    return random_index(len(images), limit or len(images), seed)
+    likelihood = ladder.run.config.ladder.likelihood
+    results = metrics(bounds, samples, images.shape, likelihood)
+    results |= settings | {"levels": images.levels}
+    if annealing is None:
+        return Evaluation(results, bounds, None, [progress])
+    annealed, entries, more = ladder.anneal(images, index, annealing, folder, **options)
+    return Evaluation(results | entries, bounds, annealed, [progress, *more])
 
 
 # --- The command line ---
@@ -266,28 +292,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_ladder_options(parser)
     add_bound_options(parser)
+    add_annealing_options(parser)
     add_temperature_option(parser, " in samples.png")
     return parse(parser, argv)
 
 
 def print_results(ladder: EvaluatedLadder, results: dict[str, Any], folder: Path) -> None:
     """Print the table of bounds and the paths of the files."""
-    split = results["split"]
-    print(
-        f"{results['dataset']}, {results['n_images']:,} {split} images, step {ladder.step:,}, "
-        f"{weights_in_words(ladder.source.weights)}"
-    )
     print(summary(Metrics.from_dict(results)))
-    if results["warning"] is not None:
-        print(f"warning   {results['warning']}")
     print(f"metrics   {folder / 'metrics.json'}, {folder / 'per_image.npz'}")
     print(f"report    {folder / 'report.html'}")
-    if seen := set(split.split("+")) & set(ladder.run.config.train_split.split("+")):
+    if seen := set(results["split"].split("+")) & set(ladder.run.config.train_split.split("+")):
         print(f"note      the run was trained on {' and '.join(sorted(seen))} images")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
+    annealing = annealing_of(arguments)
     keep_freed_memory()
     memory = enough_memory("give a smaller number to --batch-size")
     with pyro.validation_enabled(False), joined_ranks(ADVICE) as ranks, memory:
@@ -303,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             samples=arguments.samples,
             temperature=given,
+            annealing=annealing,
         )
         results = evaluate(
             ladder,
@@ -313,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
             temperature=temperature,
             limit=arguments.limit,
+            annealing=annealing,
             overwrite=arguments.overwrite,
             ranks=ranks,
         )

@@ -153,6 +153,12 @@ class Ladder:
         x = torch.zeros(1, *self.image_shape, device=self.device)
         return automatic_batch_size(self.config, self.guide, x)
 
+    @cached_property
+    def annealing_batch_size(self) -> int:
+        """The number of chains per pass with gradients that suits the network and the device."""
+        x = torch.zeros(1, *self.image_shape, device=self.device)
+        return automatic_batch_size(self.config, self.guide, x, gradients=True)
+
     def sample(
         self,
         n: int = 64,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluate import EvaluatedLadder, choose_images, load_ladder
+from evaluate import EvaluatedLadder, load_ladder
 from ladder_vae.evaluation.folders import check_absent, evaluation_folder
 from ladder_vae.evaluation.inpainting import (
     MASKS,
@@ -25,6 +25,7 @@ from ladder_vae.evaluation.inpainting import (
     read_mask,
     write_completions,
 )
+from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.options import add_ladder_options
 from ladder_vae.reports.figures import draw_completions
 from ladder_vae.reports.html import update_evaluation_report

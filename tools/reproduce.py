@@ -38,6 +38,7 @@ import train_svi
 from datasets import ImageSet
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import ImportanceSampler
+from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.metrics import curve_samples
 from ladder_vae.evaluation.options import parse
 from ladder_vae.networks.precision import Execution
@@ -148,7 +149,7 @@ def evaluation_minutes(arguments: argparse.Namespace, trainer: Trainer) -> float
         module.model,
         module.guide,
         images,
-        evaluate.choose_images(images, arguments.limit, 0),
+        choose_images(images, arguments.limit, 0),
         curve_samples(arguments.samples),
         batch_size=automatic_batch_size(
             trainer.config.ladder, module.guide, torch.zeros(1, *images.shape, device=device)
@@ -180,7 +181,7 @@ def load_images(arguments: argparse.Namespace) -> ImageSet:
     """The images to evaluate; raises `UserError` if there are fewer than --limit."""
     dataset = preset_options(arguments)["dataset"]
     images = datasets.load(dataset, arguments.split, arguments.data_dir)
-    evaluate.choose_images(images, arguments.limit, 0)
+    choose_images(images, arguments.limit, 0)
     return images
 
 

@@ -22,8 +22,9 @@ import pyro
 
 import datasets
 from datasets import ImageSet
-from evaluate import EvaluatedLadder, choose_images, load_ladder
+from evaluate import EvaluatedLadder, load_ladder
 from ladder_vae.evaluation.folders import check_absent, evaluation_folder
+from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.ood import (
     Roc,
     bound_columns,

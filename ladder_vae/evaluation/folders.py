@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from ladder_vae.evaluation.annealed import Annealing
 from runtime.errors import UserError
 from runtime.files import exists, names_in, read_json
 
@@ -22,10 +23,11 @@ _NAME = re.compile(
     r"(?:-seed-(?P<seed>[0-9]{1,19}))?"
     r"(?:-samples-(?P<samples>[0-9]{1,18}(?:-[0-9]{1,18})*))?"
     r"(?:-temperature-(?P<temperature>[0-9.e+-]+))?"
+    r"(?P<annealed>(?:-ais-[0-9]{1,18}-[0-9]{1,18})?(?:-sandwich-[0-9]{1,18})?)"
 )
 # The entries of a metrics.json that must agree before another evaluation replaces it.
 _SETTINGS = (
-    *("dataset", "split", "limit", "seed", "samples", "temperature", "batch_size"),
+    *("dataset", "split", "limit", "seed", "samples", "temperature", "batch_size", "annealing"),
     *("step", "weights", "precision", "training_seed", "trained"),
 )
 
@@ -39,6 +41,7 @@ def evaluation_folder(
     seed: int = 0,
     samples: Sequence[int] = SAMPLES,
     temperature: Sequence[float] = (1.0,),
+    annealing: Annealing | None = None,
 ) -> Path:
     """The folder of a run's evaluation."""
     words: list[object] = [step]
@@ -47,6 +50,9 @@ def evaluation_folder(
     words += ["seed", seed] * (seed != 0)
     words += ["samples", *samples] * (tuple(samples) != SAMPLES)
     words += ["temperature", *temperature] * (set(temperature) != {1.0})
+    if annealing is not None:
+        words += ["ais", annealing.temperatures, annealing.chains]
+        words += ["sandwich", annealing.generated] * (annealing.generated is not None)
     return run / "eval" / "-".join(map(str, words))
 
 

@@ -13,20 +13,18 @@ process computes it, or when.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from ladder_vae.evaluation.groups import NOISE, SUBSET, ImageGroups
 from ladder_vae.evaluation.interfaces import Guide, Images, Model
 from ladder_vae.evaluation.kl import sampled_terms
 from ladder_vae.evaluation.pareto import pareto_k, tail_length
 from ladder_vae.networks.precision import Execution
 from runtime.distributed import Ranks
 from runtime.random import permutation, torch_seed
-
-# The second part of a random key names the purpose of the draw.
-_NOISE, _SUBSET, _READING = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -120,12 +118,11 @@ class LogWeights:
         return pareto_k(self._largest)
 
 
-class ImportanceSampler:
+class ImportanceSampler(ImageGroups):
     """Computes the bounds of the images at `index` (N,), for each K in `samples` (ascending).
 
     Put model and guide in evaluation mode and prepare them with `execution` first. The lowest
-    `from_prior` layers are drawn from their priors (see `LadderGuide`). Groups are formed from the
-    sorted `index`, so its order does not change an image's bounds.
+    `from_prior` layers are drawn from their priors (see `LadderGuide`).
     """
 
     def __init__(
@@ -144,49 +141,47 @@ class ImportanceSampler:
         self.execution = execution
         self.model = model
         self.guide = guide
-        self.images = images
         self.samples = list(samples)
-        self.seed = seed
         self.from_prior = from_prior
-        self.index, self._order = index.sort(stable=True)
         self.blocks = Blocks.of(batch_size, self.samples[-1])
-
-    def __len__(self) -> int:
-        """The number of groups."""
-        return math.ceil(len(self.index) / self.blocks.images)
-
-    def size(self, number: int) -> int:
-        """The number of images in a group; the last group may be smaller."""
-        return min(self.blocks.images, len(self.index) - number * self.blocks.images)
+        super().__init__(images, index, self.blocks.images, seed)
 
     @property
     def columns(self) -> int:
         """The number of columns of a group's table."""
         return 4 + len(self.samples) + len(self.model.layers)
 
+    @property
+    def pairs(self) -> int:
+        """The largest number of image-sample pairs in a pass through the network."""
+        return self.blocks.images * self.blocks.samples
+
+    def settings(self) -> dict[str, Any]:
+        """What the bounds depend on besides weights and images."""
+        return {
+            "samples": self.samples,
+            "blocks": [self.blocks.images, self.blocks.samples],
+            "seed": self.seed,
+            "from_prior": self.from_prior,
+        }
+
+    def bound(self, table: Tensor) -> Tensor:
+        """The bound (n,) at the largest K, from a table (n, columns)."""
+        return Bounds.from_table(table, self.samples).importance_weighted[self.samples[-1]]
+
+    def describe_bound(self) -> str:
+        """The largest K."""
+        return f"K = {self.samples[-1]}"
+
     def group(self, number: int) -> Bounds:
         """The bounds of one group's images."""
         autocast = self.execution.autocast(self.images.device)
-        with torch.no_grad(), autocast, torch.random.fork_rng(self._devices()):
-            return self._bounds(number, self._read(number))
+        with torch.no_grad(), autocast, torch.random.fork_rng(self.random_devices()):
+            return self._bounds(number, self.read(number))
 
     def in_order(self, groups: Iterable[Tensor]) -> Bounds:
         """All bounds, in the order of `index`, from the tables of groups 0, 1, ..."""
-        table = torch.cat(list(groups))
-        ordered = torch.empty_like(table)
-        ordered[self._order] = table
-        return Bounds.from_table(ordered, self.samples)
-
-    def _devices(self) -> list[torch.device]:
-        return [self.images.device] if self.images.device.type == "cuda" else []
-
-    def _read(self, number: int) -> Tensor:
-        size = self.blocks.images
-        index = self.index[number * size : (number + 1) * size]
-        # Images that are binarized each time they are read need noise, too.
-        generator = torch.Generator(self.images.device)
-        generator.manual_seed(torch_seed(self.seed, _READING, number))
-        return self.images.batch(index.to(self.images.index_device), generator)
+        return Bounds.from_table(self.ordered(groups), self.samples)
 
     def _bounds(self, number: int, x: Tensor) -> Bounds:
         n, total = len(x), self.samples[-1]
@@ -195,7 +190,7 @@ class ImportanceSampler:
         log_likelihood = torch.zeros(n, dtype=torch.float64)
         kl = torch.zeros(n, len(features), dtype=torch.float64)
         for chunk, k in enumerate(self.blocks.chunks(total)):
-            torch.manual_seed(torch_seed(self.seed, _NOISE, number, chunk))
+            torch.manual_seed(torch_seed(self.seed, NOISE, number, chunk))
             # Samples of an image are adjacent: (n * k, ...).
             self.guide(
                 x.repeat_interleave(k, 0),
@@ -258,4 +253,4 @@ def random_index(n: int, count: int, seed: int) -> Tensor:
     """
     if count >= n:
         return torch.arange(n)
-    return torch.from_numpy(permutation(n, seed, _SUBSET)[:count])
+    return torch.from_numpy(permutation(n, seed, SUBSET)[:count])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ladder_vae.evaluation.annealed import Annealed, Annealing
 from ladder_vae.evaluation.importance import Bounds
 from ladder_vae.evaluation.pareto import UNRELIABLE
 from ladder_vae.networks.likelihoods import DENSITY, LIKELIHOODS
@@ -49,6 +50,8 @@ class Metrics:
     effective_samples: dict[str, float | None]
     pareto_k: dict[str, float | None]
     warning: str | None
+    ais: dict[str, Any]  # see `annealed_metrics`; empty without annealed bounds
+    sandwich: dict[str, Any]  # see `sandwich.sandwich_metrics`
     trained: dict[str, Any]  # provenance of the training
     provenance: dict[str, Any]  # and of the evaluation
 
@@ -82,6 +85,8 @@ class Metrics:
             effective_samples=numbers("effective_samples"),
             pareto_k=numbers("pareto_k"),
             warning=content.get("warning") and str(content["warning"]),
+            ais=dict(content.get("ais") or {}),
+            sandwich=dict(content.get("sandwich") or {}),
             trained=dict(content.get("trained") or {}),
             provenance=dict(content.get("provenance") or {}),
         )
@@ -169,6 +174,22 @@ def metrics(
     }
 
 
+def annealed_metrics(
+    annealed: Annealed, annealing: Annealing, image_shape: Sequence[int], likelihood: str
+) -> dict[str, Any]:
+    """Summary metrics of annealed bounds, for metrics.json; the bound is negated and in nats."""
+    nats = -annealed.bound.mean().item()
+    return {
+        "temperatures": annealing.temperatures,
+        "chains": annealing.chains,
+        "nats": nats,
+        "standard_error": standard_error(annealed.bound),
+        "bits_per_dim": None if is_density(likelihood) else bits_per_dim(nats, image_shape),
+        "acceptance": annealed.acceptance.mean().item(),
+        "seconds_per_image": annealed.seconds.mean().item(),
+    }
+
+
 def standard_error(values: Tensor) -> float | None:
     """The standard error of the mean of `values` (N,); None for a single value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
@@ -204,12 +225,15 @@ def warning(bounds: Bounds, samples: int) -> str | None:
     )
 
 
-def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
+def write_per_image(
+    path: Path, bounds: Bounds, index: Tensor, annealed: Annealed | None = None
+) -> None:
     """Write per_image.npz: the bounds of each image in nats, not negated.
 
     `image` (N,) is the index in the split; `elbo`, `log_likelihood`, `effective_samples` and
     `pareto_k` (nan for too few samples) are (N,); `bound` is (N, len(samples)), with a column for
-    each number in `samples`; `kl` is (N, L), bottom to top.
+    each number in `samples`; `kl` is (N, L), bottom to top. With annealed bounds, `annealed` is
+    (N,), and `annealed_log_weights` (N, chains).
     """
     arrays: dict[str, Any] = {
         "image": index.numpy(),
@@ -221,6 +245,9 @@ def write_per_image(path: Path, bounds: Bounds, index: Tensor) -> None:
         "effective_samples": bounds.effective_samples.numpy(),
         "pareto_k": bounds.pareto_k.numpy(),
     }
+    if annealed is not None:
+        arrays["annealed"] = annealed.bound.numpy()
+        arrays["annealed_log_weights"] = annealed.log_weights.numpy()
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 import datasets
+from ladder_vae.evaluation.annealed import Annealing
 from ladder_vae.evaluation.folders import SAMPLES, SPLIT
 from ladder_vae.networks.precision import COMPILE, PRECISIONS
 from ladder_vae.runs.command_line import at_least
@@ -130,6 +131,41 @@ def add_bound_options(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="precision of the networks; tf32 (on a GPU) and bf16 are faster, but bf16 changes "
         "bounds of digits by up to a tenth of a nat (default: float32)",
+    )
+
+
+def add_annealing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of annealed bounds."""
+    parser.add_argument(
+        "--ais",
+        type=at_least(2),
+        metavar="T",
+        help="also compute annealed bounds with T temperatures (default: none)",
+    )
+    parser.add_argument(
+        "--chains",
+        type=at_least(1),
+        metavar="C",
+        help=f"chains for each image, for --ais (default: {Annealing.chains})",
+    )
+    parser.add_argument(
+        "--sandwich",
+        type=at_least(2),
+        metavar="N",
+        help="also bound the log-likelihood of N generated images from both sides, for --ais "
+        "(default: none)",
+    )
+
+
+def annealing_of(arguments: argparse.Namespace) -> Annealing | None:
+    """What --ais and --chains ask for; `UserError` for an option that needs --ais."""
+    if arguments.ais is None:
+        for name in ("chains", "sandwich"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} needs a number of temperatures: add --ais T")
+        return None
+    return Annealing(
+        arguments.ais, arguments.chains or Annealing.chains, generated=arguments.sandwich
     )
 
 

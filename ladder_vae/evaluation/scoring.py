@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
+from ladder_vae.evaluation.groups import Found, Sampler
 from runtime.device import enough_memory
 from runtime.distributed import Ranks
 from runtime.files import names_in, to_json, writing
@@ -34,7 +34,7 @@ def _checksum(number: int, content: bytes) -> int:
     return zlib.crc32(content, number)
 
 
-def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[str, Any]) -> str:
+def fingerprint(module: nn.Module, sampler: Sampler[Any], others: Mapping[str, Any]) -> str:
     """A hash of everything that the results depend on: weights, images, blocks and seed.
 
     `others` holds further values that they depend on, such as the versions of the code.
@@ -45,10 +45,7 @@ def fingerprint(module: nn.Module, sampler: ImportanceSampler, others: Mapping[s
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     settings = {
         "images": [sampler.images.name, sampler.images.split, list(sampler.images.shape)],
-        "samples": sampler.samples,
-        "blocks": [sampler.blocks.images, sampler.blocks.samples],
-        "seed": sampler.seed,
-        "from_prior": sampler.from_prior,
+        **sampler.settings(),
     }
     digest.update(to_json(settings | dict(others)).encode())
     images, generator = sampler.images, torch.Generator(sampler.images.device).manual_seed(0)
@@ -66,7 +63,7 @@ class ProgressFile:
     first incomplete or damaged record; its group and those after it are computed again.
     """
 
-    def __init__(self, folder: Path, key: str, sampler: ImportanceSampler) -> None:
+    def __init__(self, folder: Path, key: str, sampler: Sampler[Any]) -> None:
         self.folder = folder
         self.key = key
         self._sampler = sampler
@@ -127,12 +124,12 @@ class ProgressFile:
 
 
 def score(
-    sampler: ImportanceSampler,
+    sampler: Sampler[Found],
     progress: ProgressFile,
     ranks: Ranks,
     check: Callable[[], object] = lambda: None,
-) -> Bounds:
-    """All bounds of `sampler`, in every process: read from `progress`, or computed.
+) -> Found:
+    """All results of `sampler`, in every process: read from `progress`, or computed.
 
     Shows a progress bar with the mean bound so far. `check` is called before each group and may
     raise to interrupt the scoring. After a signal to any process, all stop before their next group
@@ -170,26 +167,26 @@ def score(
     return sampler.in_order(tables[number] for number in range(len(sampler)))
 
 
-def _group_table(sampler: ImportanceSampler, number: int) -> Tensor:
-    size = sampler.blocks.images * sampler.blocks.samples
-    with enough_memory(f"{size:,} images at a time; give a smaller number to --batch-size"):
+def _group_table(sampler: Sampler[Any], number: int) -> Tensor:
+    with enough_memory(
+        f"{sampler.pairs:,} images at a time; give a smaller number to --batch-size"
+    ):
         return sampler.group(number).table()
 
 
 class _RunningBound:
-    """For the progress bar: the mean negative bound at the largest K over the images so far."""
+    """For the progress bar: the mean negative bound over the images so far."""
 
-    def __init__(self, sampler: ImportanceSampler, tables: Mapping[int, Tensor]) -> None:
-        self.samples = sampler.samples
+    def __init__(self, sampler: Sampler[Any], tables: Mapping[int, Tensor]) -> None:
+        self._sampler = sampler
         self.count = 0
         self._sum = 0.0
         for table in tables.values():
             self.add(table)
 
     def add(self, table: Tensor) -> None:
-        bounds = Bounds.from_table(table, self.samples).importance_weighted[self.samples[-1]]
-        self._sum -= bounds.sum().item()
+        self._sum -= self._sampler.bound(table).sum().item()
         self.count += len(table)
 
     def __str__(self) -> str:
-        return f"{self._sum / self.count:.2f} nats, K = {self.samples[-1]}"
+        return f"{self._sum / self.count:.2f} nats, {self._sampler.describe_bound()}"

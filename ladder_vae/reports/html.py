@@ -18,7 +18,14 @@ from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.reports.comparison import Scored, columns
 from ladder_vae.reports.curves import learning_curves
 from ladder_vae.reports.figures import ladder_pictures
-from ladder_vae.reports.tables import Column, bounds_table, density_note, layer_name, number
+from ladder_vae.reports.tables import (
+    Column,
+    bounds_table,
+    density_note,
+    layer_name,
+    number,
+    weights_in_words,
+)
 from ladder_vae.runs.command_line import OPTIONS, flag
 from ladder_vae.runs.metrics_log import Entry, finite_entries, held_out_split, newest
 from ladder_vae.runs.options import RunConfig
@@ -105,11 +112,6 @@ def _write_evaluation_report(folder: Path, run: Run, metrics: Metrics) -> Path:
         images=_evaluation_images(folder, len(metrics.kl_per_layer)),
         provenance=_provenance({"training": run.provenance, "evaluation": metrics.provenance}),
     )
-
-
-def weights_in_words(weights: str) -> str:
-    """A description of `weights`, which is "average" or "last"."""
-    return "moving average of the weights" if weights == "average" else "last weights"
 
 
 def _weight_notes(metrics: Metrics) -> list[str]:

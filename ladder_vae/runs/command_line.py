@@ -99,6 +99,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="options from a file, .json (such as a run's config.json), .yaml or .toml; they "
         "override the preset, and other options override them",
     )
+    parser.add_argument(
+        "--minutes",
+        dest="max_minutes",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="same as --max-minutes (default: 0)",
+    )
     add_run_options(parser)
 
 

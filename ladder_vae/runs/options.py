@@ -85,7 +85,14 @@ class RunConfig:
     batch_size: int = setting(
         64, "images per training step", check=AT_LEAST_ONE, group="optimisation"
     )
-    lr: float = setting(3e-4, "learning rate of Adamax", check=POSITIVE, group="optimisation")
+    optimizer: str = setting(
+        "adamax",
+        "adamax; or muon, which orthogonalises the momentum of convolutions and leaves the other "
+        "weights to Adamax",
+        choices=("adamax", "muon"),
+        group="optimisation",
+    )
+    lr: float = setting(3e-4, "learning rate", check=POSITIVE, group="optimisation")
     weight_decay: float = setting(0.0, "weight decay", check=NOT_NEGATIVE, group="optimisation")
     lr_warmup: int = setting(
         0, "steps of linear learning-rate warm-up", check=NOT_NEGATIVE, group="optimisation"

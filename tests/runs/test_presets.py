@@ -42,6 +42,7 @@ def random_data(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--lr 1e-3", (800, 0, 0)),
         ("--epochs 200", (0, 200, 0)),
         ("--max-minutes 1.5", (0, 0, 1.5)),
+        ("--minutes 1.5", (0, 0, 1.5)),
         ("--steps 9", (9, 0, 0)),
         ("--steps 9 --epochs 2", (9, 2, 0)),
     ],

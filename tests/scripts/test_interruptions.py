@@ -15,6 +15,7 @@ import pytest
 import evaluate
 import train_svi
 from ladder_vae.evaluation.importance import ImportanceSampler
+from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.runs.run import Run
 from ladder_vae.training.trainer import Trainer
 from runtime.signals import Interrupted
@@ -114,7 +115,7 @@ def test_a_signal_to_one_process_of_an_evaluation_stops_all(
             return group(self, number)
 
         monkeypatch.setattr(ImportanceSampler, "group", interrupted)
-        index = evaluate.choose_images(images, None, 0)
+        index = choose_images(images, None, 0)
         try:
             ladder.score(images, index, [1], Path("e"), batch_size=2, seed=0, ranks=ranks)
         except Interrupted as stop:

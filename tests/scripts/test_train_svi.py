@@ -124,6 +124,7 @@ def test_the_original_command_line_means_the_same() -> None:
         "analytical_kl": False,
         "beta_anneal": 0,
         "batch_size": 64,
+        "optimizer": "adamax",
         "lr": 3e-4,
         "weight_decay": 0.0,
         "lr_warmup": 0,

@@ -16,6 +16,7 @@ from guide import build_ladder
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.moving_average import MovingAverage
+from ladder_vae.training.muon import Muon, hidden_convolutions
 from ladder_vae.training.schedule import Length, kl_weight, learning_rate
 from ladder_vae.training.svi import SVI
 from ladder_vae.training.update_guard import WINDOW, Snapshot, UpdateGuard, zero_unless
@@ -112,14 +113,27 @@ def test_a_step_ignores_gradients_left_by_a_broken_one(monkeypatch: pytest.Monke
 KINDS = pytest.mark.parametrize("kind_of_svi", [SVI, DeviceSVI])
 
 
+def muon(loss_fn: Any) -> Muon:
+    matrices = hidden_convolutions(loss_fn.model, loss_fn.guide)
+    kept = set(map(id, matrices))
+    return Muon(matrices, [p for p in loss_fn.parameters() if id(p) not in kept], lr=1e-2)
+
+
+def adamax(loss_fn: Any) -> torch.optim.Adamax:
+    return torch.optim.Adamax(loss_fn.parameters(), lr=1e-2, weight_decay=0.1)
+
+
 @pytest.mark.usefixtures("adamax_anywhere")
 @KINDS
 @pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
 @pytest.mark.parametrize("kind", ["exploding", "spike", "nan"])
-def test_a_bad_step_is_skipped_and_counted(kind: str, first: bool, kind_of_svi: type[SVI]) -> None:
+@pytest.mark.parametrize("make_optimizer", [adamax, muon])
+def test_a_bad_step_is_skipped_and_counted(
+    make_optimizer: Any, kind: str, first: bool, kind_of_svi: type[SVI]
+) -> None:
     """Weights, optimizer state, statistics and average stay unchanged; the next step counts."""
     loss_fn = make_loss(batchnorm=True)
-    optimizer = torch.optim.Adamax(loss_fn.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer(loss_fn)
     average = MovingAverage(loss_fn, 0.9)
     svi = kind_of_svi(loss_fn, optimizer, spike=1e6, average=average)
     if not first:

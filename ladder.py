@@ -13,14 +13,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
 
 from elbo import FreeBitsELBO
 from guide import LadderGuide, build_ladder
+from ladder_vae.evaluation.annealed import Annealed, AnnealedSampler, Annealing
 from ladder_vae.evaluation.batch_size import automatic_batch_size
+from ladder_vae.evaluation.groups import Found, Sampler
 from ladder_vae.evaluation.importance import Bounds, ImportanceSampler
 from ladder_vae.evaluation.inputs import GivenImages, as_images, as_levels
 from ladder_vae.evaluation.sampling import (
@@ -245,39 +247,68 @@ class Ladder:
             raise UserError("`a` and `b` must be one image each")
         return interpolation(self.model, self.guide, ends, steps, layers).clamp(0, 1)
 
+    @overload
     def log_likelihood(
-        self, x: Any, samples: int | Sequence[int] = 1000, *, seed: int = 0
-    ) -> Bounds:
-        """Importance-weighted bounds on log p(x), image by image, in nats.
+        self,
+        x: Any,
+        samples: int | Sequence[int] = ...,
+        *,
+        method: Literal["importance"] = ...,
+        seed: int = ...,
+    ) -> Bounds: ...
+
+    @overload
+    def log_likelihood(
+        self,
+        x: Any,
+        *,
+        method: Literal["ais"],
+        temperatures: int = ...,
+        chains: int = ...,
+        seed: int = ...,
+    ) -> Annealed: ...
+
+    def log_likelihood(
+        self,
+        x: Any,
+        samples: int | Sequence[int] = 1000,
+        *,
+        method: str = "importance",
+        temperatures: int = 100,
+        chains: int = 4,
+        seed: int = 0,
+    ) -> Bounds | Annealed:
+        """Bounds on log p(x), image by image, in nats, on the CPU in float64.
 
         Args:
             x: images.
             samples: the number K of importance samples, or several in ascending order.
+            method: "importance", or "ais" for annealed importance sampling, which is slower and
+                closer to log p(x).
+            temperatures: the number of temperatures of "ais", at least 2.
+            chains: the number of chains of "ais" for each image.
             seed: random seed of the noise; the same one gives the same digits.
 
-        Returns the ELBO (N,), the bound for each K, `importance_weighted[K]` (N,), the KL by layer
-        (N, L), the effective sample sizes and Pareto k-hat (N,), on the CPU in float64.
+        Returns for "importance" the ELBO (N,), the bound for each K, `importance_weighted[K]` (N,),
+        the KL by layer (N, L), the effective sample sizes, Pareto k-hat and the Pareto-smoothed
+        estimate (N,); for "ais" the `bound` (N,) and the chains' `log_weights` (N, chains).
         """
-        numbers = [samples] if isinstance(samples, int) else list(samples)
-        for number in numbers:
-            _check_count("samples", number, 1)
-        if not numbers or numbers != sorted(set(numbers)):
-            raise UserError(f"`samples` is {samples}; it must be a number, or several that ascend")
+        if method not in ("importance", "ais"):
+            raise UserError(f"`method` is {method!r}; it must be importance or ais")
         images = self._images(x)
         if self.config.likelihood.startswith("discr"):
             images = as_levels(images)
-        sampler = ImportanceSampler(
-            self.model,
-            self.guide,
-            GivenImages(images),
-            torch.arange(len(images)),
-            numbers,
-            batch_size=self.batch_size,
-            seed=seed,
-            execution=self.execution,
-        )
-        groups = (sampler.group(number).table() for number in range(len(sampler)))
-        return sampler.in_order(groups)
+        given, index = GivenImages(images), torch.arange(len(images))
+        options: dict[str, Any] = {"seed": seed, "execution": self.execution}
+        if method == "ais":
+            _check_count("temperatures", temperatures, 2)
+            _check_count("chains", chains, 1)
+            annealing = Annealing(temperatures, chains)
+            options["batch_size"] = self.annealing_batch_size
+            return _all(AnnealedSampler(self.guide, given, index, annealing, **options))
+        numbers = _ascending(samples)
+        options["batch_size"] = self.batch_size
+        return _all(ImportanceSampler(self.model, self.guide, given, index, numbers, **options))
 
     def _images(self, x: Any, name: str = "x") -> Tensor:
         binary = self.config.likelihood == "bernoulli"
@@ -287,3 +318,18 @@ class Ladder:
 def _check_count(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or value < least:
         raise UserError(f"`{name}` is {value}; it must be a whole number, at least {least}")
+
+
+def _ascending(samples: int | Sequence[int]) -> list[int]:
+    """The numbers of samples; raises `UserError` unless they are valid and ascend."""
+    numbers = [samples] if isinstance(samples, int) else list(samples)
+    for number in numbers:
+        _check_count("samples", number, 1)
+    if not numbers or numbers != sorted(set(numbers)):
+        raise UserError(f"`samples` is {samples}; it must be a number, or several that ascend")
+    return numbers
+
+
+def _all(sampler: Sampler[Found]) -> Found:
+    """The results of all groups of images."""
+    return sampler.in_order(sampler.group(number).table() for number in range(len(sampler)))

@@ -62,11 +62,12 @@ def bounds_table(folder: str) -> str:
     """The bounds of an evaluation, with their provenance and a warning if they are loose."""
     metrics = evaluation(folder)
     notes = [f"{metrics.n_images:,} test images, measured on {origin(metrics)}."]
-    share = metrics.pareto_k["share_above_0.7"] or 0
+    share = metrics.pareto_k["share_above"] or 0
     if share > 0.05:
         notes.append(
             f"For {share:.0%} of the images a few importance samples dominate (Pareto k-hat above "
-            "0.7). The bound is loose for them; more samples would tighten it."
+            f"{metrics.pareto_k['threshold']:.2g}). The bound is loose for them; more samples "
+            "would tighten it."
         )
     return "\n\n".join([tables.markdown(tables.bounds_table(metrics)), *notes])
 

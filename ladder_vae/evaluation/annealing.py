@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -42,7 +43,7 @@ LEAPFROG_STEPS = 4
 _LARGEST_STEP = math.pi / (2 * LEAPFROG_STEPS)
 _FIRST_STEP = 0.2
 # By how much a transition of the pilot run changes the logarithm of the step size, at most.
-_GAIN = 0.1
+_GAIN = 0.5
 # The pilot run has a quarter of the temperatures, but enough to find a step size.
 _PILOT_SHARE, _LEAST_PILOT = 0.25, 50
 # The slope of the schedule in the middle; Wu et al., appendix.
@@ -102,7 +103,8 @@ class LogWeight:
 
     def __call__(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """log w (N,) in nats and its gradient (N, D), at noise (N, D)."""
-        with torch.enable_grad():
+        # A trajectory that leaves the numbers must not raise an error: its end is rejected.
+        with torch.enable_grad(), pyro.validation_enabled(False):
             eps = eps.detach().requires_grad_()
             maps = self._maps(eps)
             with Draws(lambda name, q: q.loc + q.scale * maps[name]):

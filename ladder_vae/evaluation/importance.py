@@ -21,7 +21,7 @@ from torch import Tensor
 from ladder_vae.evaluation.groups import NOISE, SUBSET, ImageGroups
 from ladder_vae.evaluation.interfaces import Guide, Images, Model
 from ladder_vae.evaluation.kl import sampled_terms
-from ladder_vae.evaluation.pareto import pareto_k, tail_length
+from ladder_vae.evaluation.pareto import pareto_k, smoothed_log_mean, tail_length
 from ladder_vae.networks.precision import Execution
 from runtime.distributed import Ranks
 from runtime.random import permutation, torch_seed
@@ -29,7 +29,10 @@ from runtime.random import permutation, torch_seed
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds and related metrics of N images: float64, on the CPU, in nats except the last two."""
+    """Bounds and related metrics of N images: float64, on the CPU.
+
+    In nats, except `effective_samples` and `pareto_k`.
+    """
 
     elbo: Tensor  # (N,), the mean of log w over all samples
     importance_weighted: dict[int, Tensor]  # K -> (N,)
@@ -37,25 +40,28 @@ class Bounds:
     kl: Tensor  # (N, L), the mean KL by layer, bottom to top
     effective_samples: Tensor  # (N,), (sum w)^2 / sum w^2, from 1 to max(K)
     pareto_k: Tensor  # (N,), of all samples' weights; nan for too few samples
+    pareto_smoothed: Tensor  # (N,), an estimate, not a bound; nan for too few samples
 
     def table(self) -> Tensor:
         """All metrics as one table (N, columns); see `from_table`."""
         single = [self.elbo, self.log_likelihood, self.effective_samples, self.pareto_k]
+        single.append(self.pareto_smoothed)
         columns = torch.stack([*single, *self.importance_weighted.values()], 1)
         return torch.cat([columns, self.kl], 1)
 
     @classmethod
     def from_table(cls, table: Tensor, samples: Sequence[int]) -> Self:
         """The bounds from a `table` that was made for the same `samples`."""
-        elbo, log_likelihood, effective_samples, pareto = table[:, :4].unbind(1)
-        bounds = table[:, 4 : 4 + len(samples)].unbind(1)
+        elbo, log_likelihood, effective_samples, pareto, smoothed = table[:, :5].unbind(1)
+        bounds = table[:, 5 : 5 + len(samples)].unbind(1)
         return cls(
             elbo=elbo,
             importance_weighted=dict(zip(samples, bounds, strict=True)),
             log_likelihood=log_likelihood,
-            kl=table[:, 4 + len(samples) :],
+            kl=table[:, 5 + len(samples) :],
             effective_samples=effective_samples,
             pareto_k=pareto,
+            pareto_smoothed=smoothed,
         )
 
 
@@ -117,6 +123,12 @@ class LogWeights:
             return torch.full_like(self._log_sum, torch.nan)
         return pareto_k(self._largest)
 
+    def pareto_smoothed(self) -> Tensor:
+        """(N,), an estimate of the log mean; nan if there are too few samples for a tail."""
+        if not self._tail:
+            return torch.full_like(self._log_sum, torch.nan)
+        return smoothed_log_mean(self._log_sum, self._largest, self._count)
+
 
 class ImportanceSampler(ImageGroups):
     """Computes the bounds of the images at `index` (N,), for each K in `samples` (ascending).
@@ -149,7 +161,7 @@ class ImportanceSampler(ImageGroups):
     @property
     def columns(self) -> int:
         """The number of columns of a group's table."""
-        return 4 + len(self.samples) + len(self.model.layers)
+        return 5 + len(self.samples) + len(self.model.layers)
 
     @property
     def pairs(self) -> int:
@@ -211,6 +223,7 @@ class ImportanceSampler(ImageGroups):
             kl=kl,
             effective_samples=weights.effective_samples(),
             pareto_k=weights.pareto_k(),
+            pareto_smoothed=weights.pareto_smoothed(),
         )
 
 

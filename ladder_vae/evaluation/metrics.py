@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ladder_vae.evaluation.annealed import Annealed, Annealing
 from ladder_vae.evaluation.importance import Bounds
-from ladder_vae.evaluation.pareto import UNRELIABLE
+from ladder_vae.evaluation.pareto import reliable_below
 from ladder_vae.networks.likelihoods import DENSITY, LIKELIHOODS
 from runtime.errors import UserError
 from runtime.files import read_json, write_atomically
@@ -48,7 +48,8 @@ class Metrics:
     minutes: float | None  # of training
     training_seed: int | None
     effective_samples: dict[str, float | None]
-    pareto_k: dict[str, float | None]
+    pareto_k: dict[str, float | None]  # "median", "threshold", "share_above"
+    pareto_smoothed: dict[str, float | None]  # "nats", "standard_error"
     warning: str | None
     ais: dict[str, Any]  # see `annealed_metrics`; empty without annealed bounds
     sandwich: dict[str, Any]  # see `sandwich.sandwich_metrics`
@@ -83,7 +84,8 @@ class Metrics:
             minutes=_float(content.get("minutes")),
             training_seed=_int(content.get("training_seed")),
             effective_samples=numbers("effective_samples"),
-            pareto_k=numbers("pareto_k"),
+            pareto_k=_of_any_age(numbers("pareto_k")),
+            pareto_smoothed=numbers("pareto_smoothed"),
             warning=content.get("warning") and str(content["warning"]),
             ais=dict(content.get("ais") or {}),
             sandwich=dict(content.get("sandwich") or {}),
@@ -117,6 +119,17 @@ class Metrics:
         """The KL in nats, summed over layers; None if a layer's KL is not known."""
         known = [kl for kl in self.kl_per_layer if kl is not None]
         return sum(known) if known and len(known) == len(self.kl_per_layer) else None
+
+
+def _of_any_age(pareto_k: dict[str, float | None]) -> dict[str, float | None]:
+    """Once the threshold was 0.7 for any number of samples, and part of a key."""
+    if "share_above_0.7" in pareto_k:
+        return {
+            "median": pareto_k.get("median"),
+            "threshold": 0.7,
+            "share_above": pareto_k["share_above_0.7"],
+        }
+    return pareto_k
 
 
 def _float(value: Any) -> float | None:
@@ -164,7 +177,8 @@ def metrics(
             "median": effective.median().item(),
             "min": effective.min().item(),
         },
-        "pareto_k": _pareto(bounds.pareto_k),
+        "pareto_k": _pareto(bounds.pareto_k, samples[-1]),
+        "pareto_smoothed": _pareto_smoothed(bounds.pareto_smoothed),
         "warning": warning(bounds, samples[-1]),
         "curve": {
             "samples": list(bounds.importance_weighted),
@@ -195,11 +209,18 @@ def standard_error(values: Tensor) -> float | None:
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else None
 
 
-def _pareto(k_hat: Tensor) -> dict[str, float] | None:
+def _pareto(k_hat: Tensor, samples: int) -> dict[str, float] | None:
     if k_hat.isnan().all():
         return None
-    share = (k_hat > UNRELIABLE).double().mean().item()
-    return {"median": k_hat.median().item(), f"share_above_{UNRELIABLE}": share}
+    threshold = reliable_below(samples)
+    share = (k_hat > threshold).double().mean().item()
+    return {"median": k_hat.median().item(), "threshold": threshold, "share_above": share}
+
+
+def _pareto_smoothed(estimate: Tensor) -> dict[str, float | None] | None:
+    if estimate.isnan().all():
+        return None
+    return {"nats": -estimate.mean().item(), "standard_error": standard_error(estimate)}
 
 
 def warning(bounds: Bounds, samples: int) -> str | None:
@@ -215,13 +236,14 @@ def warning(bounds: Bounds, samples: int) -> str | None:
         )
     if bounds.pareto_k.isnan().all():
         return None
-    share = (bounds.pareto_k > UNRELIABLE).double().mean().item()
+    threshold = reliable_below(samples)
+    share = (bounds.pareto_k > threshold).double().mean().item()
     if share <= _TOLERATED:
         return None
     return (
         f"the bound with {samples:,} samples does not approximate the log-likelihood: for "
         f"{share:.0%} of the images a few samples dominate the importance weights (Pareto k-hat "
-        f"above {UNRELIABLE}), and more samples would give a tighter bound"
+        f"above {threshold:.2g}), and more samples would give a tighter bound"
     )
 
 
@@ -230,10 +252,10 @@ def write_per_image(
 ) -> None:
     """Write per_image.npz: the bounds of each image in nats, not negated.
 
-    `image` (N,) is the index in the split; `elbo`, `log_likelihood`, `effective_samples` and
-    `pareto_k` (nan for too few samples) are (N,); `bound` is (N, len(samples)), with a column for
-    each number in `samples`; `kl` is (N, L), bottom to top. With annealed bounds, `annealed` is
-    (N,), and `annealed_log_weights` (N, chains).
+    `image` (N,) is the index in the split; `elbo`, `log_likelihood`, `effective_samples`,
+    `pareto_k` and `pareto_smoothed` (nan for too few samples) are (N,); `bound` is (N,
+    len(samples)), with a column for each number in `samples`; `kl` is (N, L), bottom to top. With
+    annealed bounds, `annealed` is (N,), and `annealed_log_weights` (N, chains).
     """
     arrays: dict[str, Any] = {
         "image": index.numpy(),
@@ -244,6 +266,7 @@ def write_per_image(
         "kl": bounds.kl.numpy(),
         "effective_samples": bounds.effective_samples.numpy(),
         "pareto_k": bounds.pareto_k.numpy(),
+        "pareto_smoothed": bounds.pareto_smoothed.numpy(),
     }
     if annealed is not None:
         arrays["annealed"] = annealed.bound.numpy()

@@ -123,7 +123,7 @@ def _spaced(samples: Sequence[int]) -> list[int]:
     return kept
 
 
-def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float = 0.7) -> None:
+def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float) -> None:
     """Draw a histogram of k-hat (N,) over images; its title gives the share above `threshold`.
 
     Images without a k-hat (nan) are not counted.
@@ -131,11 +131,13 @@ def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float = 0.7) 
     values = np.asarray(pareto_k)
     values = values[~np.isnan(values)]
     share = (values > threshold).mean() if len(values) else 0.0
-    title = f"Pareto k-hat: above {threshold:g} for {share:.1%} of {len(values):,} images"
+    title = f"Pareto k-hat: above {threshold:.2g} for {share:.1%} of {len(values):,} images"
     figure, axes = new_chart(title, "Pareto k-hat of the importance weights", "images")
     axes.hist(values[np.isfinite(values)], _BINS, color=BLUE)
     axes.locator_params(axis="y", integer=True)
-    axes.axvline(threshold, color=ORANGE, linestyle="--", label=f"{threshold:g}: unreliable above")
+    axes.axvline(
+        threshold, color=ORANGE, linestyle="--", label=f"{threshold:.2g}: unreliable above"
+    )
     axes.legend(frameon=False)
     write_figure(path, figure)
 

@@ -121,7 +121,8 @@ _CHARTS = [
     Picture(
         "pareto_k.png",
         "Pareto k-hat of the importance weights",
-        "One value for each image; above 0.7, a few samples dominate the weights.",
+        "One value for each image; above the dashed line, a few samples dominate the weights. The "
+        "line depends on the number of samples: 0.5 for 100, and 0.7 for 2,200 or more.",
         chart=True,
     ),
     Picture(
@@ -208,7 +209,8 @@ def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
     errors = [error or 0.0 for error in curve["standard_error"]]
     draw_bound(folder / "bound.png", curve["samples"], curve["nats"], errors)
     if results["pareto_k"] is not None:
-        draw_pareto_k(folder / "pareto_k.png", bounds.pareto_k.numpy())
+        threshold = results["pareto_k"]["threshold"]
+        draw_pareto_k(folder / "pareto_k.png", bounds.pareto_k.numpy(), threshold=threshold)
     else:
         (folder / "pareto_k.png").unlink(missing_ok=True)
 

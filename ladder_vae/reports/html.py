@@ -125,10 +125,11 @@ def _weight_notes(metrics: Metrics) -> list[str]:
             "The more effective samples, the closer the approximate posterior is to the true one."
         )
     if pareto := metrics.pareto_k:
-        share, median = pareto.get("share_above_0.7"), number(pareto.get("median"), ".2f")
+        threshold, median = (number(pareto.get(name), ".2g") for name in ("threshold", "median"))
         notes.append(
-            f"Pareto k-hat is above 0.7 for {number(share, '.1%')} of the images: a few samples "
-            f"dominate their importance weights. Its median is {median}."
+            f"Pareto k-hat is above {threshold} for {number(pareto.get('share_above'), '.1%')} of "
+            "the images: a few samples dominate their importance weights. Its median is "
+            f"{median}."
         )
     return notes
 

@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ladder_vae.evaluation.metrics import Metrics
-from ladder_vae.evaluation.pareto import UNRELIABLE
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,12 @@ def bounds_table(metrics: Metrics) -> list[Column]:
     nats = [metrics.bound(k) for k in keys]
     errors = [metrics.standard_error.get(k) for k in keys]
     bits = [metrics.bits_per_dim.get(k) for k in keys]
+    if smoothed := metrics.pareto_smoothed:
+        most = max(map(int, metrics.iw), default=1)
+        names.append(f"{most:,} samples, Pareto-smoothed (no bound)")
+        nats.append(smoothed["nats"])
+        errors.append(smoothed["standard_error"])
+        bits.append(None)
     if ais := metrics.ais:
         chains = f"{ais['chains']:,} chain{'s' * (ais['chains'] != 1)}"
         names.append(f"{chains} of {ais['temperatures']:,} temperatures (AIS)")
@@ -134,8 +139,9 @@ def summary(metrics: Metrics) -> str:
     if (effective := metrics.effective_samples.get("median")) is not None:
         most = max(map(int, metrics.iw), default=1)
         line = f"effective samples: {effective:.1f} of {most:,} (median)"
-        if (share := metrics.pareto_k.get(f"share_above_{UNRELIABLE}")) is not None:
-            line += f"; Pareto k-hat above {UNRELIABLE} for {share:.1%} of the images"
+        if (share := metrics.pareto_k.get("share_above")) is not None:
+            threshold = number(metrics.pareto_k.get("threshold"), ".2g")
+            line += f"; Pareto k-hat above {threshold} for {share:.1%} of the images"
         lines.append(line)
     if note := density_note(metrics):
         lines.append(f"note      {note}")

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from datasets import ImageSet
 from guide import LadderGuide, build_ladder
 from ladder_vae.evaluation.importance import Bounds, importance_weighted_bounds
+from ladder_vae.evaluation.interfaces import Images
 from ladder_vae.networks import LadderConfig
 from model import LadderModel
 
@@ -36,7 +37,7 @@ class Solved(NamedTuple):
 
     model: LadderModel
     guide: LadderGuide
-    images: ImageSet
+    images: Images
     evidence: Tensor  # (N,), nats, float64
 
     def bounds(self, samples: list[int], batch_size: int = 4096) -> Bounds:

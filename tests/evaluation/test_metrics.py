@@ -30,42 +30,47 @@ def doubles(*values: float) -> torch.Tensor:
 
 
 def made_bounds(**changes: Any) -> Bounds:
-    """Bounds of three images and two layers, at K = 1, 2, 4."""
+    """Bounds of three images and two layers, at K = 1, 2, 4,000."""
     content: dict[str, Any] = {
         "elbo": doubles(-4, -6, -8),
         "importance_weighted": {
             1: doubles(-4, -5, -9),
             2: doubles(-3.5, -5, -8),
-            4: doubles(-3, -5, -7),
+            4000: doubles(-3, -5, -7),
         },
         "log_likelihood": doubles(-1, -2, -3),
         "kl": torch.tensor([[2.0, 1.0], [3.0, 1.0], [4.0, 1.0]], dtype=torch.float64),
         "effective_samples": doubles(1, 3.5, 3),
         "pareto_k": doubles(0.1, 0.75, 0.3),
+        "pareto_smoothed": doubles(-2.5, -4.5, -6.5),
     }
     return Bounds(**(content | changes))
 
 
 def test_metrics_are_exact() -> None:
-    found = metrics(made_bounds(), [1, 4], SHAPE, "discr_log")
+    found = metrics(made_bounds(), [1, 4000], SHAPE, "discr_log")
     assert found["elbo"] == 6
-    assert found["iw"] == {"1": 6, "4": 5}
+    assert found["iw"] == {"1": 6, "4000": 5}
     assert found["reconstruction"] == 2
     assert found["kl_per_layer"] == [3, 1]
     assert found["n_images"] == 3
     assert found["standard_error"] == pytest.approx(
-        {"elbo": 2 / 3**0.5, "1": 7**0.5 / 3**0.5, "4": 2 / 3**0.5}, rel=1e-14
+        {"elbo": 2 / 3**0.5, "1": 7**0.5 / 3**0.5, "4000": 2 / 3**0.5}, rel=1e-14
     )
     bits = 4 * math.log(2)
-    expected = {"elbo": 6 / bits, "1": 6 / bits, "4": 5 / bits}
+    expected = {"elbo": 6 / bits, "1": 6 / bits, "4000": 5 / bits}
     assert found["bits_per_dim"] == pytest.approx(expected, rel=1e-14)
     assert found["effective_samples"] == {"mean": 2.5, "median": 3, "min": 1}
-    assert found["pareto_k"] == {"median": 0.3, "share_above_0.7": 1 / 3}
-    assert found["curve"]["samples"] == [1, 2, 4]
+    assert found["pareto_k"] == {"median": 0.3, "threshold": 0.7, "share_above": 1 / 3}
+    assert found["pareto_smoothed"] == {
+        "nats": pytest.approx(4.5),
+        "standard_error": pytest.approx(2 / 3**0.5),
+    }
+    assert found["curve"]["samples"] == [1, 2, 4000]
     assert found["curve"]["nats"] == [6, 5.5, 5]
     curve = found["curve"]["standard_error"]
     assert curve[0] == found["standard_error"]["1"]
-    assert curve[2] == found["standard_error"]["4"]
+    assert curve[2] == found["standard_error"]["4000"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_metrics_are_exact() -> None:
 )
 def test_metrics_name_the_likelihood(likelihood: str, kind: str) -> None:
     """Only a probability has bits per dimension."""
-    found = metrics(made_bounds(), [1, 4], SHAPE, likelihood)
+    found = metrics(made_bounds(), [1, 4000], SHAPE, likelihood)
     assert (found["likelihood"], found["likelihood_kind"]) == (likelihood, kind)
     assert bool(found["bits_per_dim"]) == (kind != "density")
     assert found["elbo"] == 6
@@ -88,7 +93,7 @@ def test_metrics_name_the_likelihood(likelihood: str, kind: str) -> None:
 
 
 def test_metrics_have_these_names() -> None:
-    assert list(metrics(made_bounds(), [1, 4], SHAPE, "discr_log")) == [
+    assert list(metrics(made_bounds(), [1, 4000], SHAPE, "discr_log")) == [
         "likelihood",
         "likelihood_kind",
         "elbo",
@@ -100,6 +105,7 @@ def test_metrics_have_these_names() -> None:
         "n_images",
         "effective_samples",
         "pareto_k",
+        "pareto_smoothed",
         "warning",
         "curve",
     ]
@@ -134,7 +140,7 @@ def test_one_image_has_no_standard_error() -> None:
 def test_a_few_unreliable_images_cause_no_warning(above: int, of: int) -> None:
     k_hat = torch.full((of,), 0.7, dtype=torch.float64)
     k_hat[:above] = 0.8
-    assert warning(made_bounds(pareto_k=k_hat), 4) is None
+    assert warning(made_bounds(pareto_k=k_hat), 4000) is None
 
 
 @pytest.mark.parametrize(("above", "of", "share"), [(2, 20, "10%"), (6, 100, "6%"), (3, 3, "100%")])
@@ -148,30 +154,32 @@ def test_more_unreliable_images_cause_a_warning(above: int, of: int, share: str)
         "1,000 samples",
         "does not approximate",
         f"for {share} of the images",
-        "k-hat above 0.7",
+        "k-hat above 0.67",
     ):
         assert part in found
     assert "\n" not in found
-    assert metrics(made_bounds(pareto_k=k_hat), [4], SHAPE, "bernoulli")["warning"] is not None
+    assert metrics(made_bounds(pareto_k=k_hat), [4000], SHAPE, "bernoulli")["warning"] is not None
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
 def test_a_bound_that_is_not_finite_causes_a_warning(value: float) -> None:
     """Such an image has no k-hat."""
     bounds = made_bounds(
-        importance_weighted={4: doubles(-3, value, -5)}, pareto_k=doubles(0.1, math.nan, 0.1)
+        importance_weighted={4000: doubles(-3, value, -5)}, pareto_k=doubles(0.1, math.nan, 0.1)
     )
-    assert warning(bounds, 4) == (
-        "the bound with 4 samples is not finite for 1 of 3 images: the training may have diverged, "
-        "so use an earlier checkpoint"
+    assert warning(bounds, 4000) == (
+        "the bound with 4,000 samples is not finite for 1 of 3 images: the training may have "
+        "diverged, so use an earlier checkpoint"
     )
 
 
 def test_too_few_samples_cause_no_warning() -> None:
-    bounds = made_bounds(pareto_k=torch.full((3,), torch.nan))
-    assert warning(bounds, 4) is None
-    found = metrics(bounds, [1, 4], SHAPE, "discr_log")
+    unknown = torch.full((3,), torch.nan)
+    bounds = made_bounds(pareto_k=unknown, pareto_smoothed=unknown)
+    assert warning(bounds, 4000) is None
+    found = metrics(bounds, [1, 4000], SHAPE, "discr_log")
     assert found["pareto_k"] is None
+    assert found["pareto_smoothed"] is None
 
 
 # --- Files ---
@@ -182,7 +190,7 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
         elbo=doubles(-math.inf, -1, -2),
         pareto_k=torch.full((3,), -math.inf, dtype=torch.float64),
     )
-    found = metrics(bounds, [1, 4], SHAPE, "discr_log")
+    found = metrics(bounds, [1, 4000], SHAPE, "discr_log")
     write_json(tmp_path / "metrics.json", found)
     text = (tmp_path / "metrics.json").read_text()
     assert "NaN" not in text
@@ -190,8 +198,8 @@ def test_metrics_that_are_not_finite_become_null(tmp_path: Path) -> None:
     read = json.loads(text)
     assert read["elbo"] is None
     assert read["standard_error"]["elbo"] is None
-    assert read["pareto_k"] == {"median": None, "share_above_0.7": 0}
-    assert read["iw"] == {"1": 6, "4": 5}
+    assert read["pareto_k"] == {"median": None, "threshold": 0.7, "share_above": 0}
+    assert read["iw"] == {"1": 6, "4000": 5}
     assert json.loads(to_json([math.nan, math.inf, -math.inf, 1.5])) == [None, None, None, 1.5]
 
 
@@ -204,13 +212,14 @@ def test_per_image_metrics_are_read_back(tmp_path: Path) -> None:
         found = dict(file)
     expected = {
         "image": [7, 0, 3],
-        "samples": [1, 2, 4],
+        "samples": [1, 2, 4000],
         "elbo": [-4, -6, -8],
         "bound": [[-4, -3.5, -3], [-5, -5, -5], [-9, -8, -7]],
         "log_likelihood": [-1, -2, -3],
         "kl": [[2, 1], [3, 1], [4, 1]],
         "effective_samples": [1, 3.5, 3],
         "pareto_k": [0.1, math.nan, -math.inf],
+        "pareto_smoothed": [-2.5, -4.5, -6.5],
     }
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -221,12 +230,12 @@ def test_per_image_metrics_are_read_back(tmp_path: Path) -> None:
 
 def test_metrics_are_read_from_their_file(tmp_path: Path) -> None:
     """With None for what is not finite or missing."""
-    found = metrics(made_bounds(elbo=doubles(-math.inf, -1, -2)), [1, 4], SHAPE, "discr_log")
+    found = metrics(made_bounds(elbo=doubles(-math.inf, -1, -2)), [1, 4000], SHAPE, "discr_log")
     more = {"dataset": "digits", "split": "test", "step": 7, "limit": None}
     write_json(tmp_path / "metrics.json", found | more)
     read = Metrics.read(tmp_path / "metrics.json")
     assert read.bound("elbo") is None
-    assert read.bound("4") == 5
+    assert read.bound("4000") == 5
     assert read.bound("3") is None
     assert read.kl == 4
     assert (read.n_images, read.step, read.limit, read.seed) == (3, 7, None, None)

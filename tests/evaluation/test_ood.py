@@ -18,7 +18,7 @@ def made_bounds(seed: int) -> Bounds:
     generator = torch.Generator().manual_seed(seed)
     elbo, one, ten, log_likelihood = torch.randn(4, 4, dtype=torch.float64, generator=generator)
     none = torch.full((4,), torch.nan)
-    return Bounds(elbo, {1: one, 10: ten}, log_likelihood, torch.zeros(4, 3), none, none)
+    return Bounds(elbo, {1: one, 10: ten}, log_likelihood, torch.zeros(4, 3), none, none, none)
 
 
 def share_of_pairs(inliers: np.ndarray, outliers: np.ndarray) -> float:

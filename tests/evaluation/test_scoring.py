@@ -145,8 +145,8 @@ def flipped(content: bytes, position: int) -> bytes:
     return bytes(changed)
 
 
-# Each record is 12 bytes and a table of 8 columns for two images, one for the last group.
-RECORD = 12 + 2 * 8 * 8
+# Each record is 12 bytes and a table of 9 columns for two images, one for the last group.
+RECORD = 12 + 2 * 9 * 8
 LAST = 3 * RECORD
 
 
@@ -176,7 +176,7 @@ def test_damaged_records_are_computed_again(
     whole = scored(sampler_of(ladder), tmp_path)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
-    assert len(content) == LAST + 12 + 8 * 8
+    assert len(content) == LAST + 12 + 9 * 8
     file.write_bytes(damage(content))
     groups.numbers = []
     assert same_digits(scored(sampler_of(ladder), tmp_path), whole)
@@ -338,7 +338,7 @@ def rank_environments(count: int) -> list[dict[str, str]]:
 
 def finished(folder: Path) -> list[int]:
     """The number of complete records in each progress file."""
-    columns = 4 + len(curve_samples([1, 24])) + 2
+    columns = 5 + len(curve_samples([1, 24])) + 2
     files = (folder / ".progress").glob("*")
     return [file.stat().st_size // (12 + 8 * columns) for file in files]
 

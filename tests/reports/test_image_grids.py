@@ -280,11 +280,11 @@ def test_the_bound_of_one_k(drawn: Callable[..., Any]) -> None:
 def test_pareto_k_counts_the_images_above_the_threshold(drawn: Callable[..., Any]) -> None:
     """Images without a k-hat (nan) do not count; infinite ones do, and have no bar."""
     k = [0.1, 0.2, 0.7, 0.71, 0.9, np.inf, -np.inf, 0.3, np.nan]
-    axes = drawn(charts.draw_pareto_k, k)
+    axes = drawn(charts.draw_pareto_k, k, threshold=0.7)
     assert axes.get_title("left") == "Pareto k-hat: above 0.7 for 37.5% of 8 images"
     assert sum(bar.get_height() for bar in axes.patches) == 6
     assert list(axes.lines[0].get_xdata()) == [0.7, 0.7]
-    empty = drawn(charts.draw_pareto_k, [np.nan])
+    empty = drawn(charts.draw_pareto_k, [np.nan], threshold=0.7)
     assert empty.get_title("left") == "Pareto k-hat: above 0.7 for 0.0% of 0 images"
 
 
@@ -320,7 +320,7 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "kl_maps": lambda path: draw_kl_maps(path, [made_images(4, 4), made_images(2, 2)]),
     "kl_by_layer": lambda path: charts.draw_kl_by_layer(path, [1.0, 2.0]),
     "bound": lambda path: charts.draw_bound(path, [1, 10], [2.0, 1.0], [0.1, 0.1]),
-    "pareto_k": lambda path: charts.draw_pareto_k(path, [0.1, 0.8]),
+    "pareto_k": lambda path: charts.draw_pareto_k(path, [0.1, 0.8], threshold=0.5),
     "roc": lambda path: charts.draw_roc(path, {"a": ([0, 1], [0, 1], 0.5)}, title="t"),
 }
 

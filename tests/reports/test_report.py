@@ -167,14 +167,14 @@ def test_the_report_says_if_the_bound_is_reliable(run: Run) -> None:
         run,
         results(
             effective_samples={"mean": 300.0, "median": 251.25, "min": 1.5},
-            pareto_k={"median": 0.625, "share_above_0.7": 0.125},
+            pareto_k={"median": 0.625, "threshold": 0.667, "share_above": 0.125},
             warning="the bound is loose",
         ),
     )
     assert "Effective samples: 251.2 of 1,000 for the median image, 1.5 for the worst." in (
         parsed.text
     )
-    assert "above 0.7 for 12.5% of the images" in parsed.text
+    assert "above 0.67 for 12.5% of the images" in parsed.text
     assert "The bound is loose." in parsed.text
     assert ("class", "alarm") in parsed.attributes
     for unknown in ({}, {"pareto_k": None, "warning": None}):

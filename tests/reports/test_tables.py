@@ -43,19 +43,22 @@ def test_the_summary_of_an_evaluation() -> None:
         "split": "test",
         "step": 1,
         "effective_samples": {"median": 20.0},
-        "pareto_k": {"share_above_0.7": 1 / 3},
+        "pareto_k": {"threshold": 0.667, "share_above": 1 / 3},
+        "pareto_smoothed": {"nats": 4.5, "standard_error": 1.2},
     }
     assert summary(Metrics.from_dict(content)).splitlines() == [
-        "| negative bound           | nats | std. error | bits/dim |",
-        "| ------------------------ | ---: | ---------: | -------: |",
-        "| ELBO                     | 6.00 |       1.15 |    2.164 |",
-        "| 1 importance sample      | 6.00 |            |    2.164 |",
-        "| 1,000 importance samples | 5.00 |       1.15 |    1.803 |",
+        "digits, 3 test images, step 1, last weights",
+        "| negative bound                            | nats | std. error | bits/dim |",
+        "| ----------------------------------------- | ---: | ---------: | -------: |",
+        "| ELBO                                      | 6.00 |       1.15 |    2.164 |",
+        "| 1 importance sample                       | 6.00 |            |    2.164 |",
+        "| 1,000 importance samples                  | 5.00 |       1.15 |    1.803 |",
+        "| 1,000 samples, Pareto-smoothed (no bound) | 4.50 |       1.20 |          |",
         "KL by layer, bottom to top: 3.00  1.00 nats",
-        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.7 for 33.3% of the images",
+        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.67 for 33.3% of the images",
     ]
     assert "k-hat" not in summary(Metrics.from_dict(content | {"pareto_k": None}))
     density = {"likelihood": "gaussian", "likelihood_kind": "density", "bits_per_dim": {}}
     lines = summary(Metrics.from_dict(content | density)).splitlines()
-    assert lines[0] == "| negative bound           | nats | std. error |"
+    assert lines[1] == "| negative bound                            | nats | std. error |"
     assert lines[-1].startswith("note      The likelihood, gaussian, is a density")

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -49,8 +50,11 @@ def test_metrics_are_means_over_the_images(evaluated_run: Path) -> None:
     assert found["reconstruction"] == pytest.approx(-by_image["log_likelihood"].mean())
     assert_close(found["kl_per_layer"], by_image["kl"].mean(0).tolist())
     assert found["effective_samples"]["min"] == by_image["effective_samples"].min() >= 1
-    share = (by_image["pareto_k"] > 0.7).mean()
-    assert found["pareto_k"]["share_above_0.7"] == pytest.approx(share)
+    threshold = 1 - 1 / math.log10(30)
+    share = (by_image["pareto_k"] > threshold).mean()
+    assert found["pareto_k"]["threshold"] == pytest.approx(threshold)
+    assert found["pareto_k"]["share_above"] == pytest.approx(share)
+    assert found["pareto_smoothed"]["nats"] == pytest.approx(-by_image["pareto_smoothed"].mean())
     assert (share > 0.05) == (found["warning"] is not None)
 
 

@@ -27,7 +27,6 @@ from ladder_vae.evaluation.annealed import Annealed, AnnealedSampler, Annealer, 
 from ladder_vae.evaluation.folders import check_replaceable, evaluation_folder
 from ladder_vae.evaluation.groups import Found, Sampler
 from ladder_vae.evaluation.importance import Blocks, Bounds, ImportanceSampler
-from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.metrics import Metrics, annealed_metrics, curve_samples, metrics
 from ladder_vae.evaluation.options import (
     add_annealing_options,
@@ -35,6 +34,7 @@ from ladder_vae.evaluation.options import (
     add_ladder_options,
     add_temperature_option,
     annealing_of,
+    choose_images,
     parse,
 )
 from ladder_vae.evaluation.sampling import check_temperature
@@ -134,6 +134,7 @@ class EvaluatedLadder(Ladder):
         annealing: Annealing,
         folder: Path,
         *,
+        batch_size: int,
         seed: int,
         ranks: Ranks,
         check: Callable[[], object],
@@ -146,12 +147,10 @@ class EvaluatedLadder(Ladder):
             finished.append(progress)
             return found
 
-        size: int = ranks.share(self.annealing_batch_size)
-        annealer = Annealer(self.model, self.guide, size, seed, self.execution, scored)
+        annealer = Annealer(self.model, self.guide, batch_size, seed, self.execution, scored)
         annealed = annealer.bounds(images, index, annealing)
-        entries = {
-            "ais": annealed_metrics(annealed, annealing, images.shape, self.config.likelihood)
-        }
+        summary = annealed_metrics(annealed, annealing, images.shape, self.config.likelihood)
+        entries = {"ais": summary}
         if annealing.generated is not None:
             entries["sandwich"] = sandwiched(annealer, annealing)
         return annealed, entries, finished
@@ -224,7 +223,9 @@ def evaluate(
         **{"dataset": images.name, "split": images.split, "seed": seed, "limit": limit},
         **{"samples": list(samples), "temperature": temperature, "batch_size": size},
         "blocks": asdict(Blocks.of(size, samples[-1])),
-        "annealing": annealing and asdict(annealing),
+        "annealing": annealing
+        and asdict(annealing)
+        | {"batch_size": batch_size or ranks.share(ladder.annealing_batch_size)},
         **ladder.origin(),
     }
     with ranks.together():
@@ -251,15 +252,16 @@ def computed(
     """All bounds of the images at `index`."""
     options: dict[str, Any] = {"seed": settings["seed"], "ranks": ranks, "check": check}
     size, samples = settings["batch_size"], settings["samples"]
-    bounds, progress = ladder.score(
-        images, index, curve_samples(samples), folder, batch_size=size, **options
-    )
-    likelihood = ladder.run.config.ladder.likelihood
-    results = metrics(bounds, samples, images.shape, likelihood)
+    curve = curve_samples(samples)
+    bounds, progress = ladder.score(images, index, curve, folder, batch_size=size, **options)
+    results = metrics(bounds, samples, images.shape, ladder.config.likelihood)
     results |= settings | {"levels": images.levels}
     if annealing is None:
         return Evaluation(results, bounds, None, [progress])
-    annealed, entries, more = ladder.anneal(images, index, annealing, folder, **options)
+    size = settings["annealing"]["batch_size"]
+    annealed, entries, more = ladder.anneal(
+        images, index, annealing, folder, batch_size=size, **options
+    )
     return Evaluation(results | entries, bounds, annealed, [progress, *more])
 
 

@@ -25,8 +25,7 @@ from ladder_vae.evaluation.inpainting import (
     read_mask,
     write_completions,
 )
-from ladder_vae.evaluation.inputs import choose_images
-from ladder_vae.evaluation.options import add_ladder_options
+from ladder_vae.evaluation.options import add_ladder_options, choose_images
 from ladder_vae.reports.figures import draw_completions
 from ladder_vae.reports.html import update_evaluation_report
 from ladder_vae.runs.command_line import OneLineParser, at_least

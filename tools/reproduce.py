@@ -38,9 +38,8 @@ import train_svi
 from datasets import ImageSet
 from ladder_vae.evaluation.batch_size import automatic_batch_size
 from ladder_vae.evaluation.importance import ImportanceSampler
-from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.metrics import curve_samples
-from ladder_vae.evaluation.options import parse
+from ladder_vae.evaluation.options import choose_images, parse
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.command_line import (
     OneLineParser,

@@ -24,7 +24,6 @@ import datasets
 from datasets import ImageSet
 from evaluate import EvaluatedLadder, load_ladder
 from ladder_vae.evaluation.folders import check_absent, evaluation_folder
-from ladder_vae.evaluation.inputs import choose_images
 from ladder_vae.evaluation.ood import (
     Roc,
     bound_columns,
@@ -33,7 +32,12 @@ from ladder_vae.evaluation.ood import (
     roc,
     write_scores,
 )
-from ladder_vae.evaluation.options import add_bound_options, add_ladder_options, parse
+from ladder_vae.evaluation.options import (
+    add_bound_options,
+    add_ladder_options,
+    choose_images,
+    parse,
+)
 from ladder_vae.evaluation.scoring import ProgressFile
 from ladder_vae.reports.charts import draw_roc
 from ladder_vae.reports.html import update_evaluation_report

@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import ImageSet
-from ladder_vae.evaluation.importance import random_index
 from runtime.errors import UserError
 
 # A level of 8-bit images, of which half precision is a tenth off.
@@ -124,10 +122,3 @@ class GivenImages:
 
     def batch(self, index: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return self._images[index]
-
-
-def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
-    """The indices of `limit` random images, or of all if None; `UserError` if there are fewer."""
-    if limit is not None and limit > len(images):
-        raise UserError(f"--limit is {limit} but {images.split} has only {len(images)} images")
-    return random_index(len(images), limit or len(images), seed)

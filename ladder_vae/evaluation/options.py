@@ -5,9 +5,13 @@ import itertools
 import os
 from collections.abc import Sequence
 
+from torch import Tensor
+
 import datasets
+from datasets import ImageSet
 from ladder_vae.evaluation.annealed import Annealing
 from ladder_vae.evaluation.folders import SAMPLES, SPLIT
+from ladder_vae.evaluation.importance import random_index
 from ladder_vae.networks.precision import COMPILE, PRECISIONS
 from ladder_vae.runs.command_line import at_least
 from runtime.errors import UserError
@@ -177,3 +181,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
             f"--samples is {' '.join(map(str, arguments.samples))}; give ascending numbers"
         )
     return arguments
+
+
+def choose_images(images: ImageSet, limit: int | None, seed: int) -> Tensor:
+    """The indices of `limit` random images, or of all if None; `UserError` if there are fewer."""
+    if limit is not None and limit > len(images):
+        raise UserError(f"--limit is {limit} but {images.split} has only {len(images)} images")
+    return random_index(len(images), limit or len(images), seed)

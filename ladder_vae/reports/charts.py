@@ -142,6 +142,29 @@ def draw_pareto_k(path: Path, pareto_k: "ArrayLike", *, threshold: float) -> Non
     write_figure(path, figure)
 
 
+def draw_sandwich(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Draw the bounds of generated images from both sides against the number of temperatures.
+
+    `rows` are those of `evaluation.sandwich.sandwich_metrics`.
+    """
+    figure, axes = new_chart(
+        "Bounds from both sides, on generated images",
+        "temperatures",
+        "negative log-likelihood, nats per image",
+    )
+    temperatures = [int(row["temperatures"]) for row in rows]
+    above = [row["negative_lower_bound"] for row in rows]
+    below = [row["negative_upper_bound"] for row in rows]
+    axes.fill_between(temperatures, below, above, color=BLUE, alpha=0.15)
+    axes.plot(temperatures, above, color=BLUE, marker="o", label="forward chains: at most")
+    axes.plot(temperatures, below, color=ORANGE, marker="o", label="reverse chains: at least")
+    axes.set_xscale("log")
+    axes.set_xticks(temperatures, [f"{t:,}" for t in temperatures])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    write_figure(path, figure)
+
+
 def draw_roc(
     path: Path, curves: Mapping[str, tuple["ArrayLike", "ArrayLike", float]], *, title: str
 ) -> None:

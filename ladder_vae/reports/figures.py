@@ -19,7 +19,7 @@ from ladder_vae.evaluation.sampling import (
     reconstructions,
 )
 from ladder_vae.networks import LadderConfig
-from ladder_vae.reports.charts import draw_bound, draw_kl_by_layer, draw_pareto_k
+from ladder_vae.reports.charts import draw_bound, draw_kl_by_layer, draw_pareto_k, draw_sandwich
 from ladder_vae.reports.image_grids import (
     Block,
     draw_interpolations,
@@ -126,6 +126,13 @@ _CHARTS = [
         chart=True,
     ),
     Picture(
+        "sandwich.png",
+        "Bounds from both sides",
+        "The negative log-likelihood of generated images lies between the two curves in "
+        "expectation. They approach each other as the number of temperatures grows.",
+        chart=True,
+    ),
+    Picture(
         "inpainting.png",
         "Completions",
         "Images with a missing part, and the ladder's completions of it.",
@@ -200,9 +207,9 @@ def _draw_layers(folder: Path, model: Model, config: LadderConfig, images: Image
 
 
 def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
-    """Draw kl.png, bound.png and, if there are enough samples, pareto_k.png into `folder`.
+    """Draw kl.png, bound.png and, if there are such results, pareto_k.png and sandwich.png.
 
-    `results` are the metrics of `bounds`. Removes an earlier pareto_k.png if there is no new one.
+    `results` are the metrics of `bounds`. Removes earlier charts that are not drawn again.
     """
     draw_kl_by_layer(folder / "kl.png", results["kl_per_layer"])
     curve = results["curve"]
@@ -213,6 +220,10 @@ def draw_charts(folder: Path, bounds: Bounds, results: dict[str, Any]) -> None:
         draw_pareto_k(folder / "pareto_k.png", bounds.pareto_k.numpy(), threshold=threshold)
     else:
         (folder / "pareto_k.png").unlink(missing_ok=True)
+    if "sandwich" in results:
+        draw_sandwich(folder / "sandwich.png", results["sandwich"]["rows"])
+    else:
+        (folder / "sandwich.png").unlink(missing_ok=True)
 
 
 def draw_completions(path: Path, x: Tensor, missing: Tensor, found: Completions) -> None:

@@ -24,8 +24,11 @@ from ladder_vae.reports.tables import (
     density_note,
     layer_name,
     number,
+    sandwich_notes,
+    sandwich_table,
     weights_in_words,
 )
+from ladder_vae.reports.unconverged import unconverged_table
 from ladder_vae.runs.command_line import OPTIONS, flag
 from ladder_vae.runs.metrics_log import Entry, finite_entries, held_out_split, newest
 from ladder_vae.runs.options import RunConfig
@@ -107,6 +110,9 @@ def _write_evaluation_report(folder: Path, run: Run, metrics: Metrics) -> Path:
         bounds=bounds_table(metrics),
         warning=_sentence(metrics.warning or ""),
         notes=[*filter(None, [density_note(metrics)]), *_weight_notes(metrics)],
+        unconverged=unconverged_table(folder, metrics),
+        sandwich=sandwich_table(metrics) if metrics.sandwich else [],
+        sandwich_notes=sandwich_notes(metrics) if metrics.sandwich else [],
         layers=_layers(run, metrics.kl_per_layer),
         total_kl=f"{sum(kl or 0.0 for kl in metrics.kl_per_layer):.2f}",
         images=_evaluation_images(folder, len(metrics.kl_per_layer)),

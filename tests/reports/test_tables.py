@@ -55,7 +55,8 @@ def test_the_summary_of_an_evaluation() -> None:
         "| 1,000 importance samples                  | 5.00 |       1.15 |    1.803 |",
         "| 1,000 samples, Pareto-smoothed (no bound) | 4.50 |       1.20 |          |",
         "KL by layer, bottom to top: 3.00  1.00 nats",
-        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.67 for 33.3% of the images",
+        "effective samples: 20.0 of 1,000 (median); Pareto k-hat above 0.67 for 33.3% of the "
+        "images",
     ]
     assert "k-hat" not in summary(Metrics.from_dict(content | {"pareto_k": None}))
     density = {"likelihood": "gaussian", "likelihood_kind": "density", "bits_per_dim": {}}

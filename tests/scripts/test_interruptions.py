@@ -15,7 +15,7 @@ import pytest
 import evaluate
 import train_svi
 from ladder_vae.evaluation.importance import ImportanceSampler
-from ladder_vae.evaluation.inputs import choose_images
+from ladder_vae.evaluation.options import choose_images
 from ladder_vae.runs.run import Run
 from ladder_vae.training.trainer import Trainer
 from runtime.signals import Interrupted

@@ -191,6 +191,15 @@ def test_bounds_are_those_of_an_evaluation(
         (lambda ladder, x: ladder.interpolate(x[0], x[1], layers=[3]), "`layers` is 3; .* to 2"),
         (lambda ladder, x: ladder.log_likelihood(x, 0), "`samples` is 0"),
         (lambda ladder, x: ladder.log_likelihood(x, [5, 1]), "ascend"),
+        (lambda ladder, x: ladder.log_likelihood(x, method="hmc"), "`method` is 'hmc'; it must be"),
+        (
+            lambda ladder, x: ladder.log_likelihood(x, method="ais", temperatures=1),
+            "`temperatures` is 1; it must be a whole number, at least 2",
+        ),
+        (
+            lambda ladder, x: ladder.log_likelihood(x, method="ais", chains=0),
+            "`chains` is 0; it must be a whole number, at least 1",
+        ),
         (lambda ladder, x: ladder.encode(x / 2), "x has grey pixels, such as 0.5"),
     ],
 )

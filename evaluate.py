@@ -149,8 +149,8 @@ class EvaluatedLadder(Ladder):
 
         annealer = Annealer(self.model, self.guide, batch_size, seed, self.execution, scored)
         annealed = annealer.bounds(images, index, annealing)
-        summary = annealed_metrics(annealed, annealing, images.shape, self.config.likelihood)
-        entries = {"ais": summary}
+        ais = annealed_metrics(annealed, annealing, images.shape, self.config.likelihood)
+        entries = {"ais": ais}
         if annealing.generated is not None:
             entries["sandwich"] = sandwiched(annealer, annealing)
         return annealed, entries, finished

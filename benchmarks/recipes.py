@@ -1,10 +1,9 @@
-"""Recipes for short training budgets, compared on a small ladder.
+"""Recipes for short training budgets, compared on the validation images of static MNIST.
 
     python -m benchmarks.recipes reference cosine-3e-3 [--seed 1] [--data-dir data]
 
-Each recipe trains a small ladder on the training images of static MNIST, for 2,000 steps of 64
-images or as many images in other batches, and is evaluated on the validation images. The test
-images are not used. Writes a file per recipe and random seed to results/recipes/.
+The recipes of a family train a ladder on equally many training images or for equally many minutes.
+The test images are not used. Writes a file per recipe and random seed to results/recipes/.
 """
 
 import argparse
@@ -33,43 +32,65 @@ from runtime.signals import Interruption
 
 RESULTS = ROOT / "results" / "recipes"
 CPU = torch.device("cpu")
-IMAGES = 128_000
-# The options that are the same for all recipes.
-SETTING = (
-    "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
-    "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
-    "--freebits 0.5 --ll-interv 0"
-)
-# A ladder as deep as the twelve-layer rows, with few channels, on as many images as it can see in a
-# few minutes, to show whether training is stable. It is evaluated by its training ELBO alone.
-DEEP_IMAGES = 3_200
-DEEP = (
-    "--zdims 8 8 8 8 8 8 8 8 8 8 8 8 --downsample 0 0 1 0 0 1 0 0 0 1 0 0 --blocks-per-layer 4 "
-    "--freebits 1 --batch-size 16 --tr-log-interv 50"
-)
+TRAINING_IMAGES = 10_000  # random training images for an ELBO to compare with
 BOUND_IMAGES = 1_000  # random validation images for the bound with 100 samples, the same for all
 
 
 @dataclass(frozen=True)
+class Family:
+    """What a family's recipes share: options of train_svi.py, and how many images they see.
+
+    `images` holds for all recipes that do not give a length of their own. A family that is not
+    `evaluated` is judged by its training ELBO alone.
+    """
+
+    name: str
+    setting: str
+    images: int
+    evaluated: bool = True
+
+
+SMALL = Family(
+    "small",
+    "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
+    "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
+    "--freebits 0.5 --ll-interv 0",
+    images=128_000,
+)
+# A ladder as deep as the twelve-layer rows, with few channels, on as many images as it can see in a
+# few minutes, to show whether training is stable.
+DEEP = Family(
+    "deep",
+    "--dataset static_mnist --train-split train "
+    "--zdims 8 8 8 8 8 8 8 8 8 8 8 8 --downsample 0 0 1 0 0 1 0 0 0 1 0 0 --blocks-per-layer 4 "
+    "--nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
+    "--freebits 1 --batch-size 16 --tr-log-interv 50 --ll-interv 0",
+    images=3_200,
+    evaluated=False,
+)
+LAPTOP = Family("laptop", "--preset mnist-laptop --train-split train", images=150_000)
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A way of training: options of train_svi.py."""
+    """A way of training: options of train_svi.py beside its family's."""
 
     options: str
     says: str
-
-    @property
-    def is_deep(self) -> bool:
-        return self.options.startswith(DEEP)
+    family: Family = SMALL
 
     def config(self, seed: int) -> RunConfig:
-        """The configuration of a run; all recipes of a kind see the same number of images."""
-        config = config_of_text(f"{SETTING} {self.options} --steps 1")
-        steps = (DEEP_IMAGES if self.is_deep else IMAGES) // config.batch_size
-        return replace(config, steps=steps, seed=seed, ts_log_interv=0, ckpt_interv=0)
+        """The configuration of a run."""
+        timed = "--minutes" in self.options
+        length = "" if timed else "--steps 1"
+        config = config_of_text(f"{self.family.setting} {self.options} {length}")
+        if not timed:
+            config = replace(config, steps=self.family.images // config.batch_size)
+        return replace(config, seed=seed, ts_log_interv=0, ckpt_interv=0)
 
 
-def deep(lr: str) -> str:
-    return f"{DEEP} --lr {lr} --lr-warmup 50"
+def deep(lr: str, says: str) -> Recipe:
+    return Recipe(f"--lr {lr} --lr-warmup 50", f"{says}, warm-up of 50 steps", DEEP)
 
 
 def cosine(lr: str, warmup: int = 100, ema: float = 0.99) -> str:
@@ -99,9 +120,22 @@ RECIPES: dict[str, Recipe] = {
     "scaled-branches": Recipe(
         cosine("1e-2") + " --scale-branches", "1e-2 ... branches initially scaled by 1/sqrt(blocks)"
     ),
-    "deep-3e-4": Recipe(deep("3e-4"), "the reference's 3e-4, warm-up of 50 steps"),
-    "deep-3e-3": Recipe(deep("3e-3"), "3e-3, warm-up of 50 steps"),
-    "deep-1e-2": Recipe(deep("1e-2"), "1e-2, warm-up of 50 steps"),
+    "deep-3e-4": deep("3e-4", "the reference's 3e-4"),
+    "deep-3e-3": deep("3e-3", "3e-3"),
+    "deep-1e-2": deep("1e-2", "1e-2"),
+    "laptop": Recipe("", "the preset", LAPTOP),
+    "laptop-adamax": Recipe("--optimizer adamax", "Adamax alone", LAPTOP),
+    "laptop-free-bits-0": Recipe("--freebits 0", "without free bits", LAPTOP),
+    "laptop-dropout-0.05": Recipe("--dropout 0.05", "dropout", LAPTOP),
+    "laptop-32-latents": Recipe("--zdims 32 32 32 32", "32 channels a layer", LAPTOP),
+    "laptop-6-layers": Recipe(
+        "--zdims 16 16 16 16 16 16 --downsample 1 0 1 0 1 0", "six layers", LAPTOP
+    ),
+    "laptop-batch-32": Recipe("--batch-size 32", "batch of 32, twice the steps", LAPTOP),
+    "laptop-hour": Recipe("--minutes 60", "an hour on one core", LAPTOP),
+    "laptop-hour-96": Recipe(
+        "--minutes 60 --nfilters 96 --dropout 0.1", "96 filters, dropout, an hour", LAPTOP
+    ),
 }
 
 
@@ -118,13 +152,15 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
             signals.check()
         minutes = (time.monotonic() - began) / 60
         last = newest(finite_entries(folder / "metrics.jsonl"), "train/negative_elbo") or {}
-        bounds = {} if recipe.is_deep else _bounds(folder, config, data_dir)
+        bounds = _bounds(folder, config, data_dir) if recipe.family.evaluated else {}
     path = RESULTS / f"{name}-seed-{seed}.json"
     content = {
         "recipe": name,
+        "family": recipe.family.name,
         "says": recipe.says,
-        "options": f"{SETTING} {recipe.options}".split(),
-        "steps": config.steps,
+        "setting": recipe.family.setting.split(),
+        "options": recipe.options.split(),
+        "steps": trainer.step,
         "batch_size": config.batch_size,
         "seed": seed,
         "minutes": minutes,
@@ -141,19 +177,21 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
 def _bounds(folder: Path, config: RunConfig, data_dir: Path) -> dict[str, Any]:
     """The ELBO of all validation images, and the bound with 100 samples of some of them."""
 
-    def evaluated(*, average: bool = True, **options: Any) -> dict[str, Any]:
+    def evaluated(split: str = "valid", *, average: bool = True, **options: Any) -> dict[str, Any]:
         ladder = evaluate.EvaluatedLadder.load(folder, device=CPU, average=average)
-        images = ladder.images("valid", data_dir)
+        images = ladder.images(split, data_dir)
         with tempfile.TemporaryDirectory() as out:
             return evaluate.evaluate(ladder, images, Path(out), **options)
 
     elbo = evaluated(samples=[1])
     bound = evaluated(samples=[1, 100], limit=BOUND_IMAGES)
+    trained = evaluated("train", samples=[1], limit=TRAINING_IMAGES)
     last = evaluated(samples=[1], average=False)["elbo"] if config.ema else None
     return {
         "elbo": elbo["elbo"],
         "elbo_standard_error": elbo["standard_error"]["elbo"],
         "elbo_of_last_weights": last,
+        "elbo_of_training_images": trained["elbo"],
         "iw": bound["iw"],
         "iw_standard_error": bound["standard_error"],
         "iw_images": bound["n_images"],

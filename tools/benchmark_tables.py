@@ -105,7 +105,7 @@ def _outcome(found: Results) -> str:
 
 def recipes_table(runs: Sequence[Results]) -> str:
     """Recipes for a short time budget, which benchmarks/recipes.py compared on a small ladder."""
-    found = sorted((run for run in runs if "iw" in run), key=lambda run: run["iw"]["100"])
+    found = sorted(_family(runs, "small"), key=lambda run: run["iw"]["100"])
     rows = []
     for run in found:
         last = run["elbo_of_last_weights"]
@@ -120,7 +120,7 @@ def recipes_table(runs: Sequence[Results]) -> str:
 
 def deep_recipes_table(runs: Sequence[Results]) -> str:
     """Learning rates of a deep ladder in its first steps."""
-    found = [run for run in runs if "iw" not in run]
+    found = _family(runs, "deep")
     rows = []
     for run in found:
         row = [f"`{run['recipe']}`", _recipe_options(run), f"{run['steps']:,}"]
@@ -130,10 +130,44 @@ def deep_recipes_table(runs: Sequence[Results]) -> str:
     return measured_table(header, rows, found)
 
 
+def laptop_recipes_table(runs: Sequence[Results]) -> str:
+    """Changes of the preset `mnist-laptop`, trained on the training images."""
+    found = sorted(_family(runs, "laptop"), key=lambda run: run["iw"]["100"])
+    rows = []
+    for run in found:
+        row = [f"`{run['recipe']}`", _recipe_options(run), str(run["seed"])]
+        row += [f"{run['minutes']:.0f}", f"{run['steps'] * run['batch_size']:,}"]
+        row += [f"{run['elbo_of_training_images']:.2f}", f"{run['elbo']:.2f}"]
+        row.append(f"{run['iw']['100']:.2f}")
+        rows.append([*row, ", ".join(f"{kl:.1f}" for kl in run["kl_per_layer"])])
+    header = ["recipe", "options", "seed", "minutes", "images", "ELBO, training images", "ELBO"]
+    return measured_table([*header, "100 samples", "KL, from the bottom"], rows, found)
+
+
+def _family(runs: Sequence[Results], name: str) -> list[Results]:
+    return [run for run in runs if run["family"] == name]
+
+
 def _recipe_options(run: Results) -> str:
-    """The options in which recipes differ, which start with the learning rate."""
-    options = run["options"]
-    return f"`{' '.join(options[options.index('--lr') :])}`" if "--lr" in options else "defaults"
+    """The options in which recipes of a family differ."""
+    return f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
+
+
+def annealing_table(measured: Results) -> str:
+    """Both bounds in about equal time, as benchmarks/annealing.py measured them."""
+    rows = []
+    for run in measured["rows"]:
+        row = [f"{run['samples']:,}", f"{run['importance_weighted']:.2f}"]
+        row.append(number(run["importance_seconds_per_image"]))
+        row += [f"{run['temperatures']:,}", f"{run['annealed']:.2f}"]
+        row.append(number(run["annealed_seconds_per_image"]))
+        rows.append([*row, f"{run['gain']:.2f} ± {run['standard_error']:.2f}"])
+    header = ["samples", "bound", "seconds", "temperatures", "annealed bound", "seconds", "gain"]
+    note = (
+        f"{measured['images']:,} random test images; bounds on log p(x) in nats, seconds per "
+        f"image, {measured['chains']} chains per image. "
+    )
+    return measured_table(header, rows, [measured], note)
 
 
 def memory_table(measured: Results) -> str:

@@ -72,6 +72,24 @@ def bounds_table(folder: str) -> str:
     return "\n\n".join([tables.markdown(tables.bounds_table(metrics)), *notes])
 
 
+def laptop_table() -> str:
+    """What `mnist-laptop` reaches in a given time, from the shortest run on."""
+    found = [Metrics.read(path) for path in RESULTS.glob("mnist-laptop*/metrics.json")]
+    found.sort(key=lambda metrics: (metrics.minutes or 0, metrics.training_seed or 0))
+    runs = [Scored(f"{metrics.minutes:.0f} minutes", metrics) for metrics in found]
+    return tables.markdown(columns(runs, ("run", "step", "seed", "bounds", "origin")))
+
+
+def sandwich_table() -> str:
+    """Bounds from both sides on generated images, by the number of temperatures."""
+    metrics = evaluation("sandwich")
+    note = (
+        f"{metrics.sandwich['images']:,} generated images, {metrics.sandwich['chains']} forward "
+        f"and reverse chains each, measured on {origin(metrics)}."
+    )
+    return f"{tables.markdown(tables.sandwich_table(metrics))}\n\n{note}"
+
+
 def learning_table() -> str:
     """The bounds of the same small network, trained here and by the reference."""
     rows = []
@@ -146,6 +164,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets_table,
     "recipes": lambda: measured.recipes_table(recipe_runs()),
     "deep_recipes": lambda: measured.deep_recipes_table(recipe_runs()),
+    "annealing": lambda: measured.annealing_table(benchmark("annealing")),
+    "sandwich": sandwich_table,
+    "laptop": laptop_table,
+    "laptop_recipes": lambda: measured.laptop_recipes_table(recipe_runs()),
     "durability": lambda: measured.durability_table(read("durability.json")),
     "memory": lambda: measured.memory_table(benchmark("memory")),
     "training": lambda: measured.training_table(benchmark("training")["cases"]),

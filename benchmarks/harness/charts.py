@@ -163,3 +163,28 @@ def draw_learning(path: Path, runs: Mapping[str, Mapping[str, Mapping[str, Any]]
     ends.invert_yaxis()
     ends.set_xlabel("negative ELBO of the test images, nats\n(one point per seed)")
     write_figure(path, figure)
+
+
+def draw_time_to_quality(
+    path: Path, found: Mapping[str, Any], curves: Mapping[str, Sequence[Mapping[str, float]]]
+) -> None:
+    """Write the negative ELBO of each way against minutes, with a line at each mark.
+
+    `found` is the content of time_to_quality.json, `curves` are those of the ways.
+    """
+    figure, (axes,) = _new_figure(4.0)
+    for (name, way), colour in zip(
+        found["ways"].items(), ("#666666", "#2f6db3", "#d1701f"), strict=False
+    ):
+        minutes = [point["images"] / way["images_per_second"] / 60 for point in curves[name]]
+        elbos = [point["elbo"] for point in curves[name]]
+        axes.plot(minutes, elbos, "o-", ms=3, color=colour, label=way["says"])
+    for mark in found["marks"]:
+        axes.axhline(mark, color=_GRID, lw=1, zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(min(found["marks"]) - 2, max(found["marks"]) + 20)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("negative ELBO of the validation images, nats")
+    axes.legend(frameon=False, fontsize="small")
+    write_figure(path, figure)

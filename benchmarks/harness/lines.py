@@ -21,6 +21,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import PRESETS
 from ladder_vae.training.cuda_graph import CudaRecorder
 from ladder_vae.training.device_step import DeviceSVI
+from ladder_vae.training.optimizers import make_optimizer
 from ladder_vae.training.svi import SVI
 from runtime.errors import UserError
 
@@ -133,8 +134,7 @@ class Steps:
         self.execution = execution
         self._x = torch.randint(0, 2, (batch_size, *shape), device=device).float()
         execution.prepare(self.loss_fn)
-        parameters = [p for p in self.loss_fn.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.Adamax(parameters, lr=config.lr)
+        self._optimizer = make_optimizer(config, self.loss_fn, execution.precision)
         self._recorded = recorded
 
     @cached_property

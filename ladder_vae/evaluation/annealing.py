@@ -38,14 +38,14 @@ from ladder_vae.evaluation.kl import layers, sampled_terms
 # dimensions.
 TARGET_ACCEPTANCE = 0.65
 # Transitions follow a trajectory of this many steps.
-LEAPFROG_STEPS = 4
+LEAPFROG_STEPS = 2
 # Without a likelihood, steps of this size take the noise to independent noise.
 _LARGEST_STEP = math.pi / (2 * LEAPFROG_STEPS)
 _FIRST_STEP = 0.2
 # By how much a transition of the pilot run changes the logarithm of the step size, at most.
 _GAIN = 0.5
 # The pilot run has a quarter of the temperatures, but enough to find a step size.
-_PILOT_SHARE, _LEAST_PILOT = 0.25, 50
+_PILOT_SHARE, _LEAST_PILOT = 0.25, 30
 # The slope of the schedule in the middle; Wu et al., appendix.
 _DELTA = 4.0
 
@@ -64,6 +64,11 @@ def _sigmoid(share: float) -> float:
         return 1 / (1 + math.exp(-_DELTA * u))
 
     return (logistic(2 * share - 1) - logistic(-1)) / (logistic(1) - logistic(-1))
+
+
+def pilot_temperatures(temperatures: int) -> int:
+    """The number of temperatures of the pilot run."""
+    return min(temperatures, max(_LEAST_PILOT, round(_PILOT_SHARE * temperatures)))
 
 
 class Draws(Messenger):
@@ -207,11 +212,10 @@ class Path(NamedTuple):
         The pilot run's noise is independent of that of the run that uses the steps. So the
         transitions of the latter are fixed in advance, as E[W] = p(x) requires.
         """
-        pilot = min(temperatures, max(_LEAST_PILOT, round(_PILOT_SHARE * temperatures)))
         moved = Chains(log_weight, eps)
         log_step = eps.new_full((len(eps) // chains,), math.log(_FIRST_STEP))
         steps = []
-        for beta in schedule(pilot)[1:]:
+        for beta in schedule(pilot_temperatures(temperatures))[1:]:
             steps.append(log_step.exp().repeat_interleave(chains))
             acceptance = moved.move(beta, steps[-1]).unflatten(0, (-1, chains)).mean(1)
             log_step = log_step + _GAIN * (acceptance - TARGET_ACCEPTANCE)

@@ -6,8 +6,10 @@ parameters of priors, posteriors and likelihood come from convolutions in single
 """
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,9 +42,13 @@ class Execution:
     def choose(cls, precision: str, compile: str, device: torch.device) -> "Execution":
         """The settings for a device; `compile` is one of `COMPILE`.
 
-        "auto" compiles on GPUs only: on the CPU compiled blocks are not faster than oneDNN's
-        convolutions. Raises `ValueError` if the device does not support the precision.
+        The precision "auto" is bf16 where the device has instructions for it, and otherwise
+        float32. The compilation "auto" compiles on GPUs only: on the CPU compiled blocks are not
+        faster than oneDNN's convolutions. Raises `ValueError` if the device does not support the
+        precision.
         """
+        if precision == "auto":
+            precision = "bf16" if _computes_bf16(device) else "float32"
         if precision == "tf32" and device.type != "cuda":
             raise ValueError("`precision` tf32 needs a GPU; on the CPU use float32 or bf16")
         if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -77,6 +83,15 @@ class Execution:
         if self.precision != "bf16":
             return nullcontext()
         return torch.autocast(device.type, torch.bfloat16)
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16; processors without them emulate it slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older versions of PyTorch do not know what the processor can do.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def _can_compile(device: torch.device) -> bool:

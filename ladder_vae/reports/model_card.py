@@ -16,6 +16,7 @@ _LIKELIHOODS = {
     "discr_log": "independent discretized logistic pixels of 256 levels",
     "discr_log_mix": "PixelCNN++'s mixture of discretized logistics",
 }
+_OPTIMIZERS = {"adamax": "Adamax", "muon": "Muon and Adamax"}
 
 
 def model_card(run: Run, description: Mapping[str, Any], parameters: int, license: str) -> str:
@@ -114,8 +115,9 @@ def _training(run: Run, description: Mapping[str, Any]) -> str:
     config, minutes = run.config, description["minutes"]
     kind = {"average": "the moving average of the weights", "last": "the last weights"}
     words = [
-        f"{description['step']:,} steps of {config.batch_size} images by Adamax, learning rate "
-        f"{config.lr:g}, free bits {config.free_bits:g} nats per layer, random seed {config.seed}"
+        f"{description['step']:,} steps of {config.batch_size} images by "
+        f"{_OPTIMIZERS[config.optimizer]}, learning rate {config.lr:g}, free bits "
+        f"{config.free_bits:g} nats per layer, random seed {config.seed}"
     ]
     if minutes is not None:
         words.append(f"{minutes:,.1f} minutes")

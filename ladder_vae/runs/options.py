@@ -141,9 +141,9 @@ class RunConfig:
 
     precision: str = setting(
         "float32",
-        "precision of the networks; tf32 (on a GPU) and bf16 are faster and less precise; "
-        "evaluations during training do not use bf16",
-        choices=PRECISIONS,
+        "precision of the networks; tf32 (on a GPU) and bf16 are faster and less precise; auto: "
+        "bf16 on devices with instructions for it; evaluations during training do not use bf16",
+        choices=("auto", *PRECISIONS),
         group="speed",
     )
     compile: str = setting(

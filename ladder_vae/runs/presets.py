@@ -32,6 +32,27 @@ def _full_size(dataset: str, downsample: list[int]) -> dict[str, Any]:
     }
 
 
+# Networks and a recipe for two hours on two cores; see docs/laptop.md.
+_LAPTOP: dict[str, Any] = {
+    "train_split": "train+valid",
+    "blocks_per_layer": 1,
+    "gated": True,
+    "skip": True,
+    "dropout": 0.0,
+    "learn_top_prior": True,
+    "pixel_shuffle": True,  # the decoder's blocks at full resolution are most of the work
+    "data_dep_init": True,
+    "optimizer": "muon",
+    "lr": 8e-3,
+    "lr_warmup": 50,
+    "lr_decay": "cosine",
+    "ema": 0.998,
+    "free_bits": 1.0,
+    "precision": "auto",
+    "max_minutes": 120.0,
+    "ll_interv": 0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Small enough to learn legible digits in two minutes on a laptop. Trained like the others.
     "digits": {
@@ -58,6 +79,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ll_interv": 0,
         "ckpt_interv": 400,
     },
+    "mnist-laptop": _LAPTOP
+    | {"dataset": "static_mnist", "z_dims": [16] * 4, "downsample": [1, 0, 1, 1]},
+    "cifar10-laptop": _LAPTOP
+    | {"dataset": "cifar10", "z_dims": [16] * 5, "downsample": [0, 1, 0, 1, 1]},
+    "multi-dsprites-laptop": _LAPTOP
+    | {"dataset": "multi_dsprites", "z_dims": [16] * 5, "downsample": [1, 1, 0, 1, 1]},
     "mnist-3": _full_size("static_mnist", _DOWNSAMPLE[3]),
     "mnist-6": _full_size("static_mnist", _DOWNSAMPLE[6]),
     "mnist-12": _full_size("static_mnist", _DOWNSAMPLE[12]),

@@ -21,7 +21,7 @@ _DESCRIPTIONS = (
     (r"/kl", "KL of all layers together, in nats per image."),
     (r"train/loss", "What is minimised: negative ELBO with free bits and KL weight, in nats."),
     (r"train/gradient_norm", "Global norm of the gradient before clipping."),
-    (r"train/learning_rate", "Learning rate of Adamax."),
+    (r"train/learning_rate", "Learning rate of the optimiser."),
     (r"train/kl_weight", "Weight of the KL in the loss, from 0 to 1."),
     (r"train/images_per_second", "Training images per second, without evaluations."),
     (r"train/skipped_updates", "Number of updates skipped since the start of the run."),

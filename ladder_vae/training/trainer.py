@@ -26,7 +26,7 @@ from ladder_vae.training.data_parallel import (
 from ladder_vae.training.device_step import DeviceSVI
 from ladder_vae.training.logger import Logger, Monitor
 from ladder_vae.training.moving_average import MovingAverage
-from ladder_vae.training.muon import Muon, hidden_convolutions
+from ladder_vae.training.optimizers import make_optimizer
 from ladder_vae.training.schedule import Length, is_due, kl_weight, learning_rate
 from ladder_vae.training.svi import SVI
 from runtime.distributed import ONE_PROCESS, Ranks
@@ -97,22 +97,11 @@ class Trainer:
             "average": self.average,
             "execution": self.execution,
         }
+        optimizer = make_optimizer(config, self.loss_fn, self.execution.precision)
         if self.device.type == "cuda":
             recorder = CudaRecorder() if self.ranks.size == 1 else None
-            return DeviceSVI(self.loss_fn, self._optimizer(), recorder=recorder, **options)
-        return SVI(self.loss_fn, self._optimizer(), **options)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        config = self.config
-        trained = [p for p in self.loss_fn.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-        if config.optimizer == "adamax":
-            return torch.optim.Adamax(trained, **settings)
-        matrices = hidden_convolutions(self.loss_fn.model, self.loss_fn.guide)
-        kept = set(map(id, matrices))
-        others = [p for p in trained if id(p) not in kept]
-        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        return Muon(matrices, others, **settings, dtype=dtype)
+            return DeviceSVI(self.loss_fn, optimizer, recorder=recorder, **options)
+        return SVI(self.loss_fn, optimizer, **options)
 
     @property
     def minutes(self) -> float:

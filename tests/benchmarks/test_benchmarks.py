@@ -1,6 +1,7 @@
 """Each benchmark, run at the smallest size, and its arithmetic."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    annealing,
     evaluation,
     learning,
     likelihoods,
@@ -16,11 +18,13 @@ from benchmarks import (
     parallel,
     recipes,
     scaling,
+    time_to_quality,
     training,
 )
 from benchmarks.harness.lines import Case, Line
+from runtime.errors import UserError
 from tests.commands import refusal
-from tools.benchmark_tables import recipes_table
+from tools.benchmark_tables import annealing_table, recipes_table
 
 PNG = b"\x89PNG"
 
@@ -28,7 +32,17 @@ PNG = b"\x89PNG"
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder into which the benchmarks write during a test."""
-    for module in (evaluation, learning, likelihoods, memory, parallel, scaling, training):
+    for module in (
+        annealing,
+        evaluation,
+        learning,
+        likelihoods,
+        memory,
+        parallel,
+        scaling,
+        time_to_quality,
+        training,
+    ):
         monkeypatch.setattr(module, "RESULT", tmp_path / module.RESULT.name)
         if hasattr(module, "PICTURE"):
             monkeypatch.setattr(module, "PICTURE", tmp_path / module.PICTURE.name)
@@ -264,25 +278,97 @@ def test_counts_of_a_preset() -> None:
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_recipes_see_the_same_number_of_images_and_never_test_images(name: str) -> None:
+def test_recipes_of_a_family_have_equal_lengths_and_never_see_test_images(name: str) -> None:
     recipe = recipes.RECIPES[name]
     config = recipe.config(seed=1)
-    images = recipes.DEEP_IMAGES if recipe.is_deep else recipes.IMAGES
-    assert config.steps * config.batch_size == images
+    if config.max_minutes:
+        assert (config.steps, config.epochs) == (0, 0)
+    else:
+        steps = recipe.family.images // config.batch_size
+        assert (config.steps, config.epochs) == (steps, 0)
     assert config.train_split == "train"
 
 
 def test_a_recipe_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = recipes.SETTING.replace("static_mnist", "digits").replace("8 8 8", "2 2 2")
+    setting = recipes.SMALL.setting.replace("static_mnist", "digits").replace("8 8 8", "2 2 2")
     setting = setting.replace("--nfilters 16", "--nfilters 2") + " --tr-log-interv 2"
-    monkeypatch.setattr(recipes, "SETTING", setting)
-    monkeypatch.setattr(recipes, "IMAGES", 256)
+    small = replace(recipes.SMALL, setting=setting, images=256)
+    recipe = replace(recipes.RECIPES["cosine-1e-2"], family=small)
+    monkeypatch.setitem(recipes.RECIPES, "cosine-1e-2", recipe)
     monkeypatch.setattr(recipes, "BOUND_IMAGES", 4)
+    monkeypatch.setattr(recipes, "TRAINING_IMAGES", 4)
     monkeypatch.setattr(recipes, "RESULTS", tmp_path)
     assert recipes.main(["cosine-1e-2", "--seed", "7"]) == 0
     found = read(tmp_path / "cosine-1e-2-seed-7.json")
     assert (found["steps"], found["batch_size"], found["iw_images"]) == (4, 64, 4)
     assert found["iw"].keys() == {"1", "100"}
-    assert found["elbo"] != found["elbo_of_last_weights"]
+    elbos = ("elbo", "elbo_of_last_weights", "elbo_of_training_images")
+    assert len({found[name] for name in elbos}) == 3
     options = "`--lr 1e-2 --lr-warmup 100 --lr-decay cosine --ema 0.99`"
     assert f"| `cosine-1e-2` | {options} |    7 |     4 | " in recipes_table([found])
+
+
+# --- Annealing ---
+
+
+def test_largest_number_that_fits() -> None:
+    assert annealing.largest(lambda t: 3 * t <= 100) == 33
+    assert annealing.largest(lambda _: False) == 2
+
+
+def test_annealing_against_importance_sampling(
+    trained_run: Path, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both methods score all images, as `evaluate.py` scores them."""
+    monkeypatch.setattr(annealing, "TRIAL", 2)
+    arguments = [str(trained_run), "--samples", "2", "40", "--limit", "5", "--chains", "2"]
+    assert annealing.main(arguments) == 0
+    found = read(results / "annealing.json")
+    assert (found["images"], found["chains"], found["dataset"]) == (5, 2, "digits")
+    assert [row["samples"] for row in found["rows"]] == [2, 40]
+    few, many = found["rows"]
+    assert few["importance_weighted"] < many["importance_weighted"]
+    assert all(row["temperatures"] >= 2 for row in found["rows"])
+    for row in found["rows"]:
+        gain = row["annealed"] - row["importance_weighted"]
+        assert row["gain"] == pytest.approx(gain, abs=1e-9)
+    assert annealing_table(found).count("\n| ") == 3
+
+
+# --- Time to quality ---
+
+CURVE = [
+    {"images": 0, "elbo": 110.0},
+    {"images": 6000, "elbo": 98.0},
+    {"images": 12000, "elbo": 92.0},
+    {"images": 18000, "elbo": 93.0},
+]
+
+
+def test_minutes_to_a_mark() -> None:
+    """Interpolated between evaluations, at one image per second."""
+    assert time_to_quality.minutes_to(104, CURVE, 1.0) == pytest.approx(50)
+    assert time_to_quality.minutes_to(98, CURVE, 1.0) == pytest.approx(100)
+    assert time_to_quality.minutes_to(95, CURVE, 2.0) == pytest.approx(75)
+    assert time_to_quality.minutes_to(95, CURVE, 0.9) is None  # passed after 150 minutes
+    assert time_to_quality.minutes_to(90, CURVE, 2.0) is None  # not passed in 150 minutes
+    with pytest.raises(UserError, match="ends after 100 minutes, above 90 nats: train more"):
+        time_to_quality.minutes_to(90, CURVE, 3.0)
+
+
+def test_time_to_quality(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--nfilters 2 --zdims 2 2 2 --batch-size 128 --steps 1"
+    line = "ours/float32+channels_last"
+    ways = {"laptop": time_to_quality.Way("digits", options, line, 128, "a small ladder")}
+    monkeypatch.setattr(time_to_quality, "WAYS", ways)
+    monkeypatch.setattr(time_to_quality, "CURVES", results)
+    monkeypatch.setattr(time_to_quality, "LIMIT", 1e-9)
+    assert time_to_quality.main(["learn", "laptop"]) == 0
+    curve = read(results / "laptop.json")
+    assert [point["images"] for point in curve["curve"]] == [128]
+    assert curve["config"]["train_split"] == "train"
+    assert time_to_quality.main(["speed", "--repeats", "1"]) == 0
+    (way,) = read(results / "time_to_quality.json")["ways"].values()
+    assert way["images_per_second"] > 0
+    assert way["minutes"] == [None] * len(time_to_quality.MARKS)
+    assert (results / "time_to_quality.png").read_bytes().startswith(PNG)

@@ -169,6 +169,32 @@ def test_what_suits_the_device() -> None:
         Execution.choose("tf32", "no", CPU)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"amx_bf16": True}, "bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "bf16"),
+        ({"avx512_f": True, "avx512_bf16": False}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_auto_is_bf16_on_processors_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert Execution.choose("auto", "no", CPU) == Execution(precision)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert Execution.choose("auto", "no", CPU) == Execution("float32")
+
+
+@pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "float32")])
+def test_auto_is_bf16_on_gpus_with_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
+    assert Execution.choose("auto", "no", torch.device("cuda")) == Execution(precision)
+
+
 def test_only_tf32_lets_a_gpu_round() -> None:
     before = torch.backends.cudnn.allow_tf32
     try:
@@ -180,5 +206,5 @@ def test_only_tf32_lets_a_gpu_round() -> None:
 
 
 def test_an_unknown_precision_is_an_error() -> None:
-    with pytest.raises(ValueError, match="`precision` is 'half'; it must be one of float32, tf32"):
+    with pytest.raises(ValueError, match="`precision` is 'half'; it must be one of auto, float32"):
         RunConfig.of(precision="half")

@@ -34,9 +34,10 @@ from benchmarks.harness.arguments import (
     config_of_text,
 )
 from benchmarks.harness.charts import draw_time_to_quality
-from benchmarks.harness.lines import Line, Steps
+from benchmarks.harness.lines import Steps
 from benchmarks.harness.processes import Timed, median_seconds, processes
 from benchmarks.harness.records import RESULTS, ROOT
+from ladder_vae.networks.precision import Execution
 from ladder_vae.runs import metrics_log
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
@@ -60,9 +61,9 @@ class Way:
 
     preset: str
     options: str  # of train_svi.py, with the length
-    line: str  # see `harness.lines.Line`
     between: int  # images between evaluations
     says: str
+    plain: bool = False  # timed in a loop with PyTorch's defaults
 
     def config(self, seed: int = 1) -> RunConfig:
         """The configuration of its run."""
@@ -76,18 +77,17 @@ WAYS: dict[str, Way] = {
     "reference": Way(
         "mnist-3",
         "--epochs 14",
-        "plain",
         51_200,
         "the reference's network and recipe in a plain PyTorch loop",
+        plain=True,
     ),
     "recipe": Way(
         "mnist-3",
         f"{_RECIPE} --dropout 0 --precision auto --epochs 8",
-        "ours/bf16+channels_last",
         25_600,
-        "the reference's network with the recipe of mnist-laptop, bf16",
+        "the reference's network with the recipe and precision of mnist-laptop",
     ),
-    "laptop": Way("mnist-laptop", "--epochs 8", "ours/bf16+channels_last", 12_800, "mnist-laptop"),
+    "laptop": Way("mnist-laptop", "--epochs 8", 12_800, "mnist-laptop"),
 }
 
 
@@ -106,12 +106,15 @@ class TimedWay(Timed):
     """The training steps of a way, on random images."""
 
     def __init__(self, way: Way) -> None:
-        line = Line.named(way.line, ("ours", "plain"))
-        super().__init__(CPU, keeps_memory=line.keeps_memory)
+        super().__init__(CPU, keeps_memory=not way.plain)
         config = way.config()
         shape = datasets.image_shape(config.dataset)
-        steps = Steps(config, shape, config.batch_size, CPU, line.execution)
-        self.run = steps.ours if line.kind == "ours" else steps.plain
+        if way.plain:
+            execution = Execution(channels_last=False)
+        else:
+            execution = Execution.choose(config.precision, config.compile, CPU)
+        steps = Steps(config, shape, config.batch_size, CPU, execution)
+        self.run = steps.plain if way.plain else steps.ours
 
 
 def learn(name: str, data_dir: Path) -> Path:

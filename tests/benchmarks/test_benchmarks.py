@@ -358,8 +358,7 @@ def test_minutes_to_a_mark() -> None:
 
 def test_time_to_quality(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = "--nfilters 2 --zdims 2 2 2 --batch-size 128 --steps 1"
-    line = "ours/float32+channels_last"
-    ways = {"laptop": time_to_quality.Way("digits", options, line, 128, "a small ladder")}
+    ways = {"laptop": time_to_quality.Way("digits", options, 128, "a small ladder")}
     monkeypatch.setattr(time_to_quality, "WAYS", ways)
     monkeypatch.setattr(time_to_quality, "CURVES", results)
     monkeypatch.setattr(time_to_quality, "LIMIT", 1e-9)

@@ -139,8 +139,8 @@ class ParameterConv(nn.Conv2d):
             return on_batches(super().forward, h.to(self.weight.dtype))
 
 
-class SubPixelConv(ParameterConv):
-    """A `ParameterConv` whose output has twice the size of its input, cropped to `size`.
+class SubPixelConv(nn.Module):
+    """A `ParameterConv` and a shuffle that doubles the size of its output, cropped to `size`.
 
     It computes the parameters of 2x2 pixels as the channels of one position, and shuffles them
     (Shi et al., 2016, "Real-time single image and video super-resolution using an efficient
@@ -148,12 +148,13 @@ class SubPixelConv(ParameterConv):
     """
 
     def __init__(self, channels: int, parameter_channels: int, size: Sequence[int]) -> None:
-        super().__init__(channels, 4 * parameter_channels)
+        super().__init__()
+        self.conv = ParameterConv(channels, 4 * parameter_channels)
         self.size = size
 
     def forward(self, h: Tensor) -> Tensor:
         """From h (*batch, C, h, w) to parameters (*batch, `parameter_channels`, *size)."""
-        return crop_to(F.pixel_shuffle(super().forward(h), 2), self.size)
+        return crop_to(F.pixel_shuffle(self.conv(h), 2), self.size)
 
 
 def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:

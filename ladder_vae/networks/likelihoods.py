@@ -12,12 +12,12 @@ from typing import ClassVar
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from ladder_vae.networks.blocks import ParameterConv
+from ladder_vae.networks.blocks import ParameterConv, SubPixelConv
 from ladder_vae.networks.discretized_logistic import MIN_LOG_SCALE, DiscretizedLogistic
 from ladder_vae.networks.discretized_logistic_mixture import DiscretizedLogisticMixture
 
 DENSITY = "density"
-Convolution = Callable[[int], ParameterConv]
+Convolution = Callable[[int], ParameterConv | SubPixelConv]
 
 
 class _Head(nn.Module):

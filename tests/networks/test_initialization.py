@@ -24,10 +24,14 @@ def watch_convolutions(*modules: nn.Module) -> dict[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("batchnorm", [False, True])
-def test_data_dependent_init(make_pair: MakePair, x: Tensor, batchnorm: bool) -> None:
+@pytest.mark.parametrize("pixel_shuffle", [False, True])
+def test_data_dependent_init(
+    make_pair: MakePair, x: Tensor, batchnorm: bool, pixel_shuffle: bool
+) -> None:
     """On the batch that ran inside, every convolution's output has mean 0 and deviation 0.1."""
     options = {"batchnorm": batchnorm, "dropout": 0.0, "gated": True, "skip": True}
-    model, guide = make_pair(**options, blocks_per_layer=2)
+    likelihood = {"pixel_shuffle": pixel_shuffle, "likelihood": "gaussian"}
+    model, guide = make_pair(**options, **likelihood, blocks_per_layer=2)
     noise = noise_for(model, len(x))
     raw = watch_convolutions(model, guide)  # before it is normalised
     with Noise(noise), data_dependent_init(model, guide):

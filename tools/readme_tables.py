@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.reports import tables
 from ladder_vae.reports.comparison import Scored, columns, origin
 from ladder_vae.runs.options import RunConfig
-from ladder_vae.runs.presets import PRESETS, ROWS
+from ladder_vae.runs.presets import LAPTOPS, PRESETS, ROWS
 from tools import benchmark_tables as measured
 from tools.benchmark_tables import markdown
 
@@ -45,15 +46,27 @@ def bound(metrics: Metrics, key: str) -> str:
     return f"{metrics.bound(key):.2f} ± {metrics.standard_error[key]:.2f}"
 
 
+def ours(preset: str, called: str) -> list[Scored]:
+    """Our results with a preset, from results/PRESET and results/PRESET-seed-N."""
+    folders = [RESULTS / preset, *sorted(RESULTS.glob(f"{preset}-seed-*"))]
+    files = [folder / "metrics.json" for folder in folders]
+    return [Scored(called, Metrics.read(file)) for file in files if file.exists()]
+
+
 def likelihood_table() -> str:
-    """The published results, each followed by our result if there is one."""
+    """The published results and ours: of the same preset, then those of a data set's laptop."""
     runs = []
-    for row in read("reference.json")["rows"]:
-        published = {"step": 0, "kl_per_layer": []} | row | {"n_images": row["n_images"] or 0}
-        runs.append(Scored("reference", Metrics.from_dict(published)))
-        if (RESULTS / row["preset"] / "metrics.json").exists():
-            runs.append(Scored("this project", evaluation(row["preset"])))
-    table = columns(runs, ("data", "layers", "run", "bounds", "minutes", "seed", "origin"))
+    by_data = groupby(read("reference.json")["rows"], lambda row: row["dataset"].split(",")[0])
+    for dataset, rows in by_data:
+        for row in rows:
+            published = {"step": 0, "kl_per_layer": []} | row | {"n_images": row["n_images"] or 0}
+            runs.append(Scored("reference", Metrics.from_dict(published)))
+            runs += ours(row["preset"], "this project")
+        for name in LAPTOPS:
+            if PRESETS[name]["dataset"] == dataset:
+                runs += ours(name, f"this project, `{name}`")
+    names = ("data", "layers", "run", "parameters", "bounds", "minutes", "seed", "origin")
+    table = columns(runs, names)
     # Nothing is bold: the best bound would always be that of a data set's deepest ladder.
     return tables.markdown([replace(column, best=frozenset()) for column in table])
 
@@ -77,7 +90,7 @@ def laptop_table() -> str:
     found = [Metrics.read(path) for path in RESULTS.glob("mnist-laptop*/metrics.json")]
     found.sort(key=lambda metrics: (metrics.minutes or 0, metrics.training_seed or 0))
     runs = [Scored(f"{metrics.minutes:.0f} minutes", metrics) for metrics in found]
-    return tables.markdown(columns(runs, ("run", "step", "seed", "bounds", "origin")))
+    return tables.markdown(columns(runs, ("data", "run", "step", "seed", "bounds", "origin")))
 
 
 def sandwich_table() -> str:

@@ -98,7 +98,7 @@ def test_a_table_follows_its_file(
 def test_our_bounds_follow_the_published_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If results/ROW/metrics.json exists; empty columns are dropped."""
+    """Those of a row's own preset, then those of its data set's laptop, whatever the seed."""
     (tmp_path / "reference.json").symlink_to(readme_tables.RESULTS / "reference.json")
     monkeypatch.setattr(readme_tables, "RESULTS", tmp_path)
 
@@ -113,13 +113,32 @@ def test_our_bounds_follow_the_published_ones(
         **{"kl_per_layer": [1.0], "provenance": {"machine": "a GPU", "commit": "abc"}},
         **{"minutes": 19.25, "seed": 0, "training_seed": 42, "limit": None},
     }
-    (tmp_path / "mnist-6").mkdir()
-    (tmp_path / "mnist-6" / "metrics.json").write_text(json.dumps(content))
-    assert rows()[3][:6] == ["static_mnist", "6", "reference", "80.74", "78.65", "78.52"]
+    laptop = content | {"layers": 4, "parameters": 1_752_164}
+    for name, found in (
+        ("mnist-6", content),
+        ("mnist-laptop", laptop | {"training_seed": 1}),
+        ("mnist-laptop-seed-2", laptop | {"training_seed": 2}),
+        ("mnist-laptop-15", laptop | {"limit": 1000}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(found))
+    assert [cell for cell in rows()[3] if cell] == [
+        "static_mnist",
+        "6",
+        "reference",
+        "80.74",
+        "78.65",
+        "78.52",
+    ]
     ours = [cell for cell in rows()[4] if cell]
     bounds = ["80.00 ± 0.25", "78.25 ± 0.20"]
     place = ["19.2", "42", "a GPU, commit abc"]
     assert ours == ["static_mnist", "6", "this project", *bounds, *place]
+    for row, seed in ((rows()[6], "1"), (rows()[7], "2")):
+        network = ["4", "this project, `mnist-laptop`", "1,752,164"]
+        place = ["19.2", seed, "a GPU, commit abc"]
+        assert [cell for cell in row if cell] == ["static_mnist", *network, *bounds, *place]
+    assert rows()[8][0].startswith("multi_dsprites")
 
 
 def test_data_sets_are_those_of_the_code() -> None:

@@ -50,21 +50,21 @@ class Family:
     evaluated: bool = True
 
 
+_FEW_FILTERS = (
+    "--dataset static_mnist --train-split train --nfilters 16 --skip --gated --learn-top-prior "
+    "--data-dep-init --ll-interv 0 "
+)
 SMALL = Family(
     "small",
-    "--dataset static_mnist --train-split train --zdims 8 8 8 --downsample 1 1 1 "
-    "--blocks-per-layer 1 --nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
-    "--freebits 0.5 --ll-interv 0",
+    f"{_FEW_FILTERS}--zdims 8 8 8 --downsample 1 1 1 --blocks-per-layer 1 --freebits 0.5",
     images=128_000,
 )
 # A ladder as deep as the twelve-layer rows, with few channels, on as many images as it can see in a
 # few minutes, to show whether training is stable.
 DEEP = Family(
     "deep",
-    "--dataset static_mnist --train-split train "
-    "--zdims 8 8 8 8 8 8 8 8 8 8 8 8 --downsample 0 0 1 0 0 1 0 0 0 1 0 0 --blocks-per-layer 4 "
-    "--nfilters 16 --skip --gated --learn-top-prior --data-dep-init "
-    "--freebits 1 --batch-size 16 --tr-log-interv 50 --ll-interv 0",
+    f"{_FEW_FILTERS}--zdims 8 8 8 8 8 8 8 8 8 8 8 8 --downsample 0 0 1 0 0 1 0 0 0 1 0 0 "
+    "--blocks-per-layer 4 --freebits 1 --batch-size 16 --tr-log-interv 50",
     images=3_200,
     evaluated=False,
 )

@@ -140,7 +140,12 @@ def learn(name: str, data_dir: Path) -> Path:
 
 
 def images_to(mark: float, points: Sequence[dict[str, float]]) -> float | None:
-    """The number of images at `mark`, interpolated between evaluations; None if all are above."""
+    """The number of images at `mark`, interpolated between evaluations; None if all are above.
+
+    A mark that the first evaluation has passed counts as passed then.
+    """
+    if points[0]["elbo"] <= mark:
+        return points[0]["images"]
     for before, after in pairwise(points):
         if after["elbo"] <= mark:
             share = (before["elbo"] - mark) / (before["elbo"] - after["elbo"])

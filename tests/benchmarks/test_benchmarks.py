@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 
+import evaluate
 from benchmarks import (
     annealing,
     evaluation,
@@ -328,11 +329,23 @@ def test_annealing_against_importance_sampling(
     assert [row["samples"] for row in found["rows"]] == [2, 40]
     few, many = found["rows"]
     assert few["importance_weighted"] < many["importance_weighted"]
+    ladder = evaluate.EvaluatedLadder.load(trained_run, device=torch.device("cpu"))
+    images = ladder.images("test", Path("data"))
+    metrics = evaluate.evaluate(ladder, images, results / "eval", samples=[1, 40], limit=5)
+    assert many["importance_weighted"] == pytest.approx(-metrics["iw"]["40"], abs=1e-6)
     assert all(row["temperatures"] >= 2 for row in found["rows"])
     for row in found["rows"]:
         gain = row["annealed"] - row["importance_weighted"]
         assert row["gain"] == pytest.approx(gain, abs=1e-9)
-    assert annealing_table(found).count("\n| ") == 3
+    _, _, *lines = annealing_table(found).split("\n\n")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for row, (samples, bound, _, temperatures, annealed, _, gain) in zip(
+        found["rows"], cells, strict=True
+    ):
+        assert (samples, temperatures) == (str(row["samples"]), str(row["temperatures"]))
+        assert bound == f"{-row['importance_weighted']:.2f}"
+        assert annealed == f"{-row['annealed']:.2f}"
+        assert gain == f"{row['gain']:.2f} ± {row['standard_error']:.2f}"
 
 
 # --- Time to quality ---
@@ -349,6 +362,7 @@ def test_minutes_to_a_mark() -> None:
     """Interpolated between evaluations, at one image per second."""
     assert time_to_quality.minutes_to(104, CURVE, 1.0) == pytest.approx(50)
     assert time_to_quality.minutes_to(98, CURVE, 1.0) == pytest.approx(100)
+    assert time_to_quality.minutes_to(95, CURVE[2:], 2.0) == pytest.approx(100)  # at the first
     assert time_to_quality.minutes_to(95, CURVE, 2.0) == pytest.approx(75)
     assert time_to_quality.minutes_to(95, CURVE, 0.9) is None  # passed after 150 minutes
     assert time_to_quality.minutes_to(90, CURVE, 2.0) is None  # not passed in 150 minutes

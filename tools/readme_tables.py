@@ -1,8 +1,9 @@
-"""Write the tables of README.md and docs/ from the files in results/.
+"""Write the tables of README.md and docs/, and learning curves, from the files in results/.
 
     python -m tools.readme_tables
 
-Each table is between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`.
+Each table is between `<!-- table NAME -->` and `<!-- end -->`; NAME is a key of `TABLES`. A run
+whose metrics.jsonl is in results/ gets its learning curve beside it.
 """
 
 import json
@@ -21,6 +22,8 @@ from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.reports import tables
 from ladder_vae.reports.comparison import Scored, columns, origin
+from ladder_vae.reports.curves import learning_curves
+from ladder_vae.runs.metrics_log import finite_entries
 from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.presets import LAPTOPS, PRESETS, ROWS
 from tools import benchmark_tables as measured
@@ -65,10 +68,13 @@ def likelihood_table() -> str:
         for name in LAPTOPS:
             if PRESETS[name]["dataset"] == dataset:
                 runs += ours(name, f"this project, `{name}`")
-    names = ("data", "layers", "run", "parameters", "bounds", "minutes", "seed", "origin")
-    table = columns(runs, names)
-    # Nothing is bold: the best bound would always be that of a data set's deepest ladder.
-    return tables.markdown([replace(column, best=frozenset()) for column in table])
+    table = columns(runs, ("data", "layers", "run", "parameters", "bounds", "minutes", "seed"))
+    # The bound with one sample is another estimate of the ELBO. Nothing is bold: the best bound
+    # would always be that of a data set's deepest ladder.
+    shown = [replace(column, best=frozenset()) for column in table if column.header != "1 sample"]
+    text = tables.markdown(shown)
+    origins = dict.fromkeys(origin(run.metrics) for run in runs if run.name != "reference")
+    return f"{text}\n\nThis project's rows: {'. '.join(origins)}." if origins else text
 
 
 def bounds_table(folder: str) -> str:
@@ -206,9 +212,17 @@ def written(text: str) -> str:
     return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
+def draw_learning_curve(log: Path) -> None:
+    """Draw the ELBO of a metrics.jsonl as learning.svg beside it."""
+    elbo, *_ = learning_curves(finite_entries(log))
+    (log.parent / "learning.svg").write_bytes(elbo.svg)
+
+
 def main() -> None:
     for page in pages():
         page.write_text(written(page.read_text()))
+    for log in RESULTS.glob("*/metrics.jsonl"):
+        draw_learning_curve(log)
 
 
 if __name__ == "__main__":

@@ -140,6 +140,18 @@ def test_our_bounds_follow_the_published_ones(
     assert rows()[-1] == ["This project's rows: a GPU, commit abc."]
 
 
+def test_the_log_of_a_run_gets_its_learning_curve(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    entries = [
+        {"step": step, "train/negative_elbo": 90.0 - step, "test/negative_elbo": 91.0 - step}
+        for step in (1, 2, 3)
+    ]
+    log.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    readme_tables.draw_learning_curve(log)
+    curve = (tmp_path / "learning.svg").read_text()
+    assert all(label in curve for label in (">training<", ">test images<", ">nats<"))
+
+
 def test_data_sets_are_those_of_the_code() -> None:
     """Names, sizes and likelihoods of docs/data.md, and the counts of the set that is installed."""
     rows = re.findall(

@@ -68,13 +68,19 @@ def likelihood_table() -> str:
         for name in LAPTOPS:
             if PRESETS[name]["dataset"] == dataset:
                 runs += ours(name, f"this project, `{name}`")
-    table = columns(runs, ("data", "layers", "run", "parameters", "bounds", "minutes", "seed"))
-    # The bound with one sample is another estimate of the ELBO. Nothing is bold: the best bound
-    # would always be that of a data set's deepest ladder.
-    shown = [replace(column, best=frozenset()) for column in table if column.header != "1 sample"]
-    text = tables.markdown(shown)
+    text = plain_table(runs, "data", "layers", "run", "parameters", "bounds", "minutes", "seed")
     origins = dict.fromkeys(origin(run.metrics) for run in runs if run.name != "reference")
     return f"{text}\n\nThis project's rows: {'. '.join(origins)}." if origins else text
+
+
+def plain_table(runs: list[Scored], *names: str) -> str:
+    """The columns called `names`, without the bound with one sample, another estimate of the ELBO.
+
+    Nothing is bold: the best bound would always be that of the deepest ladder or the longest run.
+    """
+    table = columns(runs, names)
+    shown = [replace(column, best=frozenset()) for column in table if column.header != "1 sample"]
+    return tables.markdown(shown)
 
 
 def bounds_table(folder: str) -> str:
@@ -96,7 +102,7 @@ def laptop_table() -> str:
     found = [Metrics.read(path) for path in RESULTS.glob("mnist-laptop*/metrics.json")]
     found.sort(key=lambda metrics: (metrics.minutes or 0, metrics.training_seed or 0))
     runs = [Scored(f"{metrics.minutes:.0f} minutes", metrics) for metrics in found]
-    return tables.markdown(columns(runs, ("data", "run", "step", "seed", "bounds", "origin")))
+    return plain_table(runs, "data", "run", "step", "seed", "bounds", "origin")
 
 
 def sandwich_table() -> str:

@@ -67,7 +67,7 @@ def likelihood_table() -> str:
             runs += ours(row["preset"], "this project")
         for name in LAPTOPS:
             if PRESETS[name]["dataset"] == dataset:
-                runs += ours(name, f"this project, `{name}`")
+                runs += ours(name, f"`{name}`")
     text = plain_table(runs, "data", "layers", "run", "parameters", "bounds", "minutes", "seed")
     origins = dict.fromkeys(origin(run.metrics) for run in runs if run.name != "reference")
     return f"{text}\n\nThis project's rows: {'. '.join(origins)}." if origins else text

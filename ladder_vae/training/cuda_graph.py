@@ -16,7 +16,7 @@ _WARM_UP = 5
 
 
 class CudaRecorder:
-    """Records steps as CUDA graphs."""
+    """Records steps as CUDA graphs, on the stream of their warm-up."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -40,7 +40,7 @@ class CudaRecorder:
         Raises `RuntimeError` if the step cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self._stream):
             result = step(x)
         return graph.replay, result
 

@@ -49,11 +49,11 @@ def bound(metrics: Metrics, key: str) -> str:
     return f"{metrics.bound(key):.2f} ± {metrics.standard_error[key]:.2f}"
 
 
-def ours(preset: str, called: str) -> list[Scored]:
+def ours(preset: str) -> list[Scored]:
     """Our results with a preset, from results/PRESET and results/PRESET-seed-N."""
     folders = [RESULTS / preset, *sorted(RESULTS.glob(f"{preset}-seed-*"))]
     files = [folder / "metrics.json" for folder in folders]
-    return [Scored(called, Metrics.read(file)) for file in files if file.exists()]
+    return [Scored(f"`{preset}`", Metrics.read(file)) for file in files if file.exists()]
 
 
 def likelihood_table() -> str:
@@ -64,13 +64,13 @@ def likelihood_table() -> str:
         for row in rows:
             published = {"step": 0, "kl_per_layer": []} | row | {"n_images": row["n_images"] or 0}
             runs.append(Scored("reference", Metrics.from_dict(published)))
-            runs += ours(row["preset"], "this project")
+            runs += ours(row["preset"])
         for name in LAPTOPS:
             if PRESETS[name]["dataset"] == dataset:
-                runs += ours(name, f"`{name}`")
+                runs += ours(name)
     text = plain_table(runs, "data", "layers", "run", "parameters", "bounds", "minutes", "seed")
-    origins = dict.fromkeys(origin(run.metrics) for run in runs if run.name != "reference")
-    return f"{text}\n\nThis project's rows: {'. '.join(origins)}." if origins else text
+    origins = [f"{run.name} on {origin(run.metrics)}" for run in runs if run.name != "reference"]
+    return f"{text}\n\n{'. '.join(dict.fromkeys(origins))}." if origins else text
 
 
 def plain_table(runs: list[Scored], *names: str) -> str:
@@ -143,13 +143,15 @@ def pretrained_table() -> str:
     if not names:
         return ""
     rows, commands = [], []
-    for name in names:
-        metrics = evaluation(name)
-        bounds = [bound(metrics, key) for key in ("elbo", *metrics.iw)]
+    found = {name: evaluation(name) for name in names}
+    numbers = sorted({k for metrics in found.values() for k in metrics.iw}, key=int)
+    for name, metrics in found.items():
+        bounds = [bound(metrics, k) if k in metrics.iw else "" for k in numbers]
+        bounds.insert(0, bound(metrics, "elbo"))
         rows.append([f"[{name}](../pretrained/{name}.safetensors)", *bounds])
         options = f"--samples {' '.join(metrics.iw)} --out runs/{name}-pretrained"
         commands.append(f"python evaluate.py pretrained/{name}.safetensors {options}")
-    samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in metrics.iw]
+    samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in numbers]
     table = markdown(["weights", "ELBO", *samples], rows)
     text = "To verify these bounds, up to the noise of the samples:"
     return "\n".join([table, "", text, "", "```sh", *commands, "```"])

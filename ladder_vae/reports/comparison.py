@@ -191,10 +191,8 @@ def _kl_cell(run: Scored) -> str:
 
 def origin(metrics: Metrics) -> str:
     """The machine and commit of the training, and of the evaluation if they differ."""
-    trained, scored = metrics.trained, metrics.provenance
-    if trained.get("commit") in (None, scored.get("commit")):
-        return _place(scored)
-    return "; scored on ".join(filter(None, (_place(trained), _place(scored))))
+    places = [_place(known) for known in (metrics.trained, metrics.provenance)]
+    return "; scored on ".join(dict.fromkeys(filter(None, places)))
 
 
 def _place(provenance: dict[str, Any]) -> str:

@@ -132,12 +132,13 @@ def test_our_bounds_follow_the_published_ones(
     ]
     ours = [cell for cell in rows()[4] if cell]
     bounds = ["80.00 ± 0.25", "78.25 ± 0.20"]
-    assert ours == ["static_mnist", "6", "this project", *bounds, "19.2", "42"]
+    assert ours == ["static_mnist", "6", "`mnist-6`", *bounds, "19.2", "42"]
     for row, seed in ((rows()[6], "1"), (rows()[7], "2")):
         network = ["4", "`mnist-laptop`", "1,752,164"]
         assert [cell for cell in row if cell] == ["static_mnist", *network, *bounds, "19.2", seed]
     assert rows()[8][0].startswith("multi_dsprites")
-    assert rows()[-1] == ["This project's rows: a GPU, commit abc."]
+    origins = [f"`{name}` on a GPU, commit abc" for name in ("mnist-6", "mnist-laptop")]
+    assert rows()[-1] == [f"{'. '.join(origins)}."]
 
 
 def test_the_log_of_a_run_gets_its_learning_curve(tmp_path: Path) -> None:

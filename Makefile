@@ -8,12 +8,13 @@ INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python \
 	$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 DEMO := runs/demo
 
-.PHONY: help setup demo test stress format
+.PHONY: help setup demo test gpu stress format
 
 help:
 	@echo "make setup    create .venv and install what users need (TORCH_BACKEND=cpu: no GPU libraries)"
 	@echo "make demo     train, evaluate and draw a small ladder on 8x8 digits, in two minutes"
 	@echo "make test     check format, lint and types, and run the tests, in five minutes"
+	@echo "make gpu      run the tests of training and evaluation on a GPU"
 	@echo "make stress   run the kill-and-resume campaigns and the long fuzzing"
 	@echo "make format   format the code"
 
@@ -44,6 +45,12 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Without the tests that fork.
+gpu: .venv/.installed-dev
+	LVAE_TEST_GPU=1 $(BIN)/python -m pytest -n 4 tests/networks tests/evaluation tests/story \
+		$(addprefix tests/training/test_,cuda_graph.py svi.py muon.py trainer.py fine_tuning.py) \
+		$(addprefix tests/scripts/test_,train_svi.py evaluate.py sample.py)
 
 stress: .venv/.installed-dev
 	$(BIN)/python -m pytest tests/stress

@@ -1,5 +1,6 @@
 """Fixtures for all tests: clean global state, tiny ladders, and trained runs."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from tests.tiny_runs import TRAINED_RUN
 IMAGE_SHAPE = (1, 8, 10)
 
 torch.set_num_threads(1)  # threads do not help networks this small
+if "LVAE_TEST_GPU" not in os.environ:  # `make gpu` sets it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests fork, which CUDA forbids once it is in use
 
 
 @pytest.fixture(autouse=True)

@@ -374,7 +374,7 @@ def make(*arguments: str) -> str:
 def test_make_knows_the_targets() -> None:
     """Each target of the pages can be made, and `make help` lists it."""
     targets = [command.split()[1] for command in commands("make")]
-    assert set(targets) == {"setup", "help", "demo", "test", "stress", "format"}
+    assert set(targets) == {"setup", "help", "demo", "test", "gpu", "stress", "format"}
     for target in targets:
         make("--dry-run", target)
         assert target == "help" or f"make {target} " in make("help")

@@ -7,8 +7,9 @@ The time to quality is the number of training images that it takes, times the ti
 is measured on its own, because learning does not depend on what else the machine does, and because
 the times of all ways are only comparable if they take turns:
 
-- `learn` trains one of `WAYS` on the training images of static MNIST, and evaluates all validation
-  images now and then. It writes results/time_to_quality/WAY.json.
+- `learn` trains one of `WAYS` on the training images of static MNIST, in bf16 if the processor has
+  instructions for it, and evaluates all validation images now and then. It writes
+  results/time_to_quality/WAY.json.
 - `speed` times the training steps of all ways in turns on an otherwise idle machine, and writes
   results/benchmarks/time_to_quality.json with the minutes, and time_to_quality.png beside it.
 """
@@ -63,7 +64,7 @@ class Way:
     options: str  # of train_svi.py, with the length
     between: int  # images between evaluations
     says: str
-    plain: bool = False  # timed in a loop with PyTorch's defaults
+    plain: bool = False  # timed in a loop with PyTorch's defaults, in float32
 
     def config(self, seed: int = 1) -> RunConfig:
         """The configuration of its run."""
@@ -76,7 +77,7 @@ _RECIPE = "--optimizer muon --lr 8e-3 --lr-warmup 50 --lr-decay cosine --ema 0.9
 WAYS: dict[str, Way] = {
     "reference": Way(
         "mnist-3",
-        "--epochs 14",
+        "--precision auto --epochs 14",
         51_200,
         "the reference's network and recipe in a plain PyTorch loop",
         plain=True,

@@ -148,11 +148,13 @@ def pretrained_table() -> str:
     for name, metrics in found.items():
         bounds = [bound(metrics, k) if k in metrics.iw else "" for k in numbers]
         bounds.insert(0, bound(metrics, "elbo"))
-        rows.append([f"[{name}](../pretrained/{name}.safetensors)", *bounds])
-        options = f"--samples {' '.join(metrics.iw)} --out runs/{name}-pretrained"
+        link = f"[{name}](../pretrained/{name}.safetensors)"
+        rows.append([link, f"{metrics.n_images:,}", *bounds])
+        limit = f"--limit {metrics.limit} " if metrics.limit else ""
+        options = f"--samples {' '.join(metrics.iw)} {limit}--out runs/{name}-pretrained"
         commands.append(f"python evaluate.py pretrained/{name}.safetensors {options}")
     samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in numbers]
-    table = markdown(["weights", "ELBO", *samples], rows)
+    table = markdown(["weights", "test images", "ELBO", *samples], rows)
     text = "To verify these bounds, up to the noise of the samples:"
     return "\n".join([table, "", text, "", "```sh", *commands, "```"])
 

@@ -141,6 +141,25 @@ def test_our_bounds_follow_the_published_ones(
     assert rows()[-1] == [f"{'. '.join(origins)}."]
 
 
+def test_weights_are_verified_on_the_images_of_their_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RESULTS", "PRETRAINED"):
+        monkeypatch.setattr(readme_tables, name, tmp_path)
+    for name, limit in (("all", None), ("some", 500)):
+        (tmp_path / f"{name}.safetensors").touch()
+        (tmp_path / name).mkdir()
+        images = METRICS | {"n_images": limit or 10_000, "limit": limit}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(images))
+    lines = readme_tables.pretrained_table().splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:4]] == ["10,000", "500"]
+    assert [line for line in lines if line.startswith("python")] == [
+        "python evaluate.py pretrained/all.safetensors --samples 1 1000 --out runs/all-pretrained",
+        "python evaluate.py pretrained/some.safetensors --samples 1 1000 --limit 500 "
+        "--out runs/some-pretrained",
+    ]
+
+
 def test_the_log_of_a_run_gets_its_learning_curve(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     entries = [

@@ -68,7 +68,8 @@ class Way:
 
     def config(self, seed: int = 1) -> RunConfig:
         """The configuration of its run."""
-        config = config_of_text(f"--preset {self.preset} --train-split train {self.options}")
+        fixed = "--train-split train --precision auto"
+        config = config_of_text(f"--preset {self.preset} {fixed} {self.options}")
         interval = self.between // config.batch_size
         return replace(config, seed=seed, ts_log_interv=interval, ll_interv=0, ckpt_interv=0)
 
@@ -77,14 +78,14 @@ _RECIPE = "--optimizer muon --lr 8e-3 --lr-warmup 50 --lr-decay cosine --ema 0.9
 WAYS: dict[str, Way] = {
     "reference": Way(
         "mnist-3",
-        "--precision auto --epochs 14",
+        "--epochs 14",
         51_200,
         "the reference's network and recipe in a plain PyTorch loop",
         plain=True,
     ),
     "recipe": Way(
         "mnist-3",
-        f"{_RECIPE} --dropout 0 --precision auto --epochs 8",
+        f"{_RECIPE} --dropout 0 --epochs 8",
         25_600,
         "the reference's network with the recipe and precision of mnist-laptop",
     ),

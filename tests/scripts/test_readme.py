@@ -149,8 +149,8 @@ def test_weights_are_verified_on_the_images_of_their_bounds(
     for name, limit in (("all", None), ("some", 500)):
         (tmp_path / f"{name}.safetensors").touch()
         (tmp_path / name).mkdir()
-        images = METRICS | {"n_images": limit or 10_000, "limit": limit}
-        (tmp_path / name / "metrics.json").write_text(json.dumps(images))
+        content = METRICS | {"n_images": limit or 10_000, "limit": limit}
+        (tmp_path / name / "metrics.json").write_text(json.dumps(content))
     lines = readme_tables.pretrained_table().splitlines()
     assert [line.split("|")[2].strip() for line in lines[2:4]] == ["10,000", "500"]
     assert [line for line in lines if line.startswith("python")] == [

@@ -2,6 +2,7 @@
 
     python -m benchmarks.time_to_quality learn laptop [--data-dir data]
     python -m benchmarks.time_to_quality speed
+    python -m benchmarks.time_to_quality minutes
 
 The time to quality is the number of training images that it takes, times the time per image. Each
 is measured on its own, because learning does not depend on what else the machine does, and because
@@ -11,7 +12,9 @@ the times of all ways are only comparable if they take turns:
   instructions for it, and evaluates all validation images now and then. It writes
   results/time_to_quality/WAY.json.
 - `speed` times the training steps of all ways in turns on an otherwise idle machine, and writes
-  results/benchmarks/time_to_quality.json with the minutes, and time_to_quality.png beside it.
+  results/time_to_quality/speed.json.
+- `minutes` computes the minutes from these files. It writes results/benchmarks/time_to_quality.json
+  and time_to_quality.png beside it.
 """
 
 import argparse
@@ -78,8 +81,8 @@ _RECIPE = "--optimizer muon --lr 8e-3 --lr-warmup 50 --lr-decay cosine --ema 0.9
 WAYS: dict[str, Way] = {
     "reference": Way(
         "mnist-3",
-        "--epochs 14",
-        51_200,
+        "--epochs 6",
+        25_600,
         "the reference's network and recipe in a plain PyTorch loop",
         plain=True,
     ),
@@ -171,42 +174,42 @@ def minutes_to(
     return None if images is None or minutes > LIMIT else minutes
 
 
-def speeds(repeats: int) -> dict[str, float]:
-    """Training images per second of each way, measured in turns."""
+def measure_speeds(repeats: int) -> Path:
+    """Measure the training images per second of each way, in turns; returns the file of them."""
     with processes({name: partial(TimedWay, way) for name, way in WAYS.items()}, CPU) as started:
         seconds = median_seconds(started, repeats)
-    return {name: way.config().batch_size / seconds[name] for name, way in WAYS.items()}
+    per_second = {name: way.config().batch_size / seconds[name] for name, way in WAYS.items()}
+    path = CURVES / "speed.json"
+    write_json(path, {"images_per_second": per_second, "provenance": provenance(CPU)})
+    return path
 
 
-def results(repeats: int) -> dict[str, Any]:
-    """The minutes of each way to each mark."""
-    curves = {name: read_json(CURVES / f"{name}.json") for name in WAYS}
-    per_second = speeds(repeats)
-    return {
-        "marks": MARKS,
-        "limit": LIMIT,
-        "ways": {
-            name: {
-                "says": way.says,
-                "images_per_second": per_second[name],
-                "minutes": [
-                    minutes_to(mark, curves[name]["curve"], per_second[name]) for mark in MARKS
-                ],
-            }
-            for name, way in WAYS.items()
-        },
-        "provenance": provenance(CPU),
-    }
+def results() -> dict[str, Any]:
+    """The minutes of each way to each mark, with the provenance of the speeds."""
+    speed = read_json(CURVES / "speed.json")
+    ways = {}
+    for name, way in WAYS.items():
+        learned = read_json(CURVES / f"{name}.json")
+        per_second = speed["images_per_second"][name]
+        ways[name] = {
+            "says": way.says,
+            "images_per_second": per_second,
+            "minutes": [minutes_to(mark, learned["curve"], per_second) for mark in MARKS],
+            "provenance": learned["provenance"],
+        }
+    return {"marks": MARKS, "limit": LIMIT, "ways": ways, "provenance": speed["provenance"]}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = benchmark_parser("time_to_quality", "Measure the time to a validation ELBO.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="learn | speed")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="learn | speed | minutes"
+    )
     learns = commands.add_parser("learn", help="train one of the ways")
     learns.add_argument("way", choices=tuple(WAYS), metavar="WAY", help=", ".join(WAYS))
     add_data_dir(learns)
-    times = commands.add_parser("speed", help="time all ways, and write the minutes")
-    add_repeats(times, 5)
+    add_repeats(commands.add_parser("speed", help="time the steps of all ways"), 5)
+    commands.add_parser("minutes", help="compute the minutes, and draw them")
     return parser.parse_args(argv)
 
 
@@ -215,7 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command == "learn":
         print(f"results   {learn(arguments.way, arguments.data_dir)}")
         return 0
-    found = results(arguments.repeats)
+    if arguments.command == "speed":
+        print(f"results   {measure_speeds(arguments.repeats)}")
+        return 0
+    found = results()
     write_json(RESULT, found)
     curves = {name: read_json(CURVES / f"{name}.json")["curve"] for name in WAYS}
     draw_time_to_quality(PICTURE, found, curves)

@@ -35,7 +35,7 @@ INTERRUPTIONS = {
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns of numbers are aligned to the right."""
-    cell = re.compile(r"[-+±\d., ]*(%| GiB| MB| G)?")
+    cell = re.compile(r"[-+±>\d., ]*(%| GiB| MB| G)?")
     numbers = [i for i in range(len(header)) if all(cell.fullmatch(row[i]) for row in rows)]
     return markdown_rows(header, rows, numbers)
 
@@ -151,6 +151,17 @@ def _family(runs: Sequence[Results], name: str) -> list[Results]:
 def _recipe_options(run: Results) -> str:
     """The options in which recipes of a family differ."""
     return f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
+
+
+def time_to_quality_table(measured: Results) -> str:
+    """Minutes to each ELBO, as benchmarks/time_to_quality.py measured them."""
+    rows = []
+    for way in measured["ways"].values():
+        minutes = [f"> {measured['limit']:g}" if m is None else number(m) for m in way["minutes"]]
+        rows.append([way["says"], number(way["images_per_second"]), *minutes])
+    header = ["network and recipe", "images/s", *(f"{mark:g} nats" for mark in measured["marks"])]
+    note = f"Trained on {places(measured['ways'].values())}. Images/s measured in turns. "
+    return measured_table(header, rows, [measured], note)
 
 
 def annealing_table(measured: Results) -> str:

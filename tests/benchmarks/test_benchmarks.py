@@ -25,7 +25,7 @@ from benchmarks import (
 from benchmarks.harness.lines import Case, Line
 from runtime.errors import UserError
 from tests.commands import refusal
-from tools.benchmark_tables import annealing_table, recipes_table
+from tools.benchmark_tables import annealing_table, recipes_table, time_to_quality_table
 
 PNG = b"\x89PNG"
 
@@ -381,7 +381,9 @@ def test_time_to_quality(results: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [point["images"] for point in curve["curve"]] == [128]
     assert curve["config"]["train_split"] == "train"
     assert time_to_quality.main(["speed", "--repeats", "1"]) == 0
+    assert time_to_quality.main(["minutes"]) == 0
     (way,) = read(results / "time_to_quality.json")["ways"].values()
     assert way["images_per_second"] > 0
     assert way["minutes"] == [None] * len(time_to_quality.MARKS)
+    assert "> 1e-09" in time_to_quality_table(read(results / "time_to_quality.json"))
     assert (results / "time_to_quality.png").read_bytes().startswith(PNG)

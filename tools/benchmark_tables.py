@@ -150,7 +150,9 @@ def _family(runs: Sequence[Results], name: str) -> list[Results]:
 
 def _recipe_options(run: Results) -> str:
     """The options in which recipes of a family differ."""
-    return f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
+    first = f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
+    then = run.get("then")  # not in the oldest files
+    return f"{first}, then `{' '.join(then)}`" if then else first
 
 
 def time_to_quality_table(measured: Results) -> str:

@@ -145,7 +145,7 @@ RECIPES: dict[str, Recipe] = {
         "--minutes 45",
         "45 minutes, then 15 on the importance-weighted bound",
         LAPTOP,
-        then="--minutes 15 --objective iwae --particles 4 --lr 2e-3",
+        then="--minutes 15 --objective iwae --particles 4 --freebits 0 --lr 2e-3",
     ),
 }
 

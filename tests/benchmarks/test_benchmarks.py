@@ -281,20 +281,21 @@ def test_counts_of_a_preset() -> None:
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_of_a_family_have_equal_lengths_and_never_see_test_images(name: str) -> None:
     recipe = recipes.RECIPES[name]
-    config = recipe.config(seed=1)
-    if config.max_minutes:
-        assert (config.steps, config.epochs) == (0, 0)
-    else:
-        steps = recipe.family.images // config.batch_size
-        assert (config.steps, config.epochs) == (steps, 0)
-    assert config.train_split == "train"
+    for options in [recipe.options, *([recipe.then] if recipe.then else [])]:
+        config = recipe.config(1, options)
+        if config.max_minutes:
+            assert (config.steps, config.epochs) == (0, 0)
+        else:
+            steps = recipe.family.images // config.batch_size
+            assert (config.steps, config.epochs) == (steps, 0)
+        assert config.train_split == "train"
 
 
 def test_a_recipe_is_trained_and_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = recipes.SMALL.setting.replace("static_mnist", "digits").replace("8 8 8", "2 2 2")
     setting = setting.replace("--nfilters 16", "--nfilters 2") + " --tr-log-interv 2"
     small = replace(recipes.SMALL, setting=setting, images=256)
-    then = "--lr 1e-3 --objective iwae --particles 2 --ema 0.5"
+    then = "--lr 1e-3 --objective iwae --particles 2 --freebits 0 --ema 0.5"
     recipe = replace(recipes.RECIPES["cosine-1e-2"], family=small, then=then)
     monkeypatch.setitem(recipes.RECIPES, "cosine-1e-2", recipe)
     monkeypatch.setattr(recipes, "BOUND_IMAGES", 4)

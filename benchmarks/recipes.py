@@ -83,9 +83,12 @@ class Recipe:
     family: Family = SMALL
     then: str = ""
 
-    def config(self, seed: int, options: str | None = None) -> RunConfig:
-        """The configuration of its training, or of one with other `options`."""
-        options = self.options if options is None else options
+    def configs(self, seed: int) -> list[RunConfig]:
+        """The configurations of its trainings, in order."""
+        first = self._config(self.options, seed)
+        return [first, self._config(self.then, seed)] if self.then else [first]
+
+    def _config(self, options: str, seed: int) -> RunConfig:
         timed = "--minutes" in options
         length = "" if timed else "--steps 1"
         config = config_of_text(f"{self.family.setting} {options} {length}")
@@ -153,15 +156,13 @@ RECIPES: dict[str, Recipe] = {
 def run(name: str, seed: int, data_dir: Path) -> Path:
     """Train and evaluate one recipe; returns the file of its results."""
     recipe = RECIPES[name]
-    config = recipe.config(seed)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "run"
         began = time.monotonic()
-        steps = _trained(config, folder, data_dir)
-        if recipe.then:
-            initial = InitialWeights.load(folder)
-            config, folder = recipe.config(seed, recipe.then), Path(temporary) / "then"
+        steps, initial = 0, None
+        for number, config in enumerate(recipe.configs(seed)):
+            folder = Path(temporary) / f"run-{number}"
             steps += _trained(config, folder, data_dir, initial)
+            initial = InitialWeights.load(folder)
         minutes = (time.monotonic() - began) / 60
         last = newest(finite_entries(folder / "metrics.jsonl"), "train/negative_elbo") or {}
         bounds = _bounds(folder, config, data_dir) if recipe.family.evaluated else {}
@@ -188,9 +189,9 @@ def run(name: str, seed: int, data_dir: Path) -> Path:
 
 
 def _trained(
-    config: RunConfig, folder: Path, data_dir: Path, initial: InitialWeights | None = None
+    config: RunConfig, folder: Path, data_dir: Path, initial: InitialWeights | None
 ) -> int:
-    """Train a new run in `folder`; returns the number of its steps."""
+    """Train a new run in `folder` from `initial` or random weights; returns its number of steps."""
     with Interruption() as signals:
         trainer, run = train_svi.begin(
             config, folder, device=CPU, data_dir=data_dir, initial=initial

@@ -162,7 +162,7 @@ def time_to_quality_table(measured: Results) -> str:
         minutes = [f"> {measured['limit']:g}" if m is None else number(m) for m in way["minutes"]]
         rows.append([way["says"], number(way["images_per_second"]), *minutes])
     header = ["network and recipe", "images/s", *(f"{mark:g} nats" for mark in measured["marks"])]
-    note = f"Trained on {places(measured['ways'].values())}. Images/s measured in turns. "
+    note = f"Trained on {places(measured['ways'].values())}. "
     return measured_table(header, rows, [measured], note)
 
 

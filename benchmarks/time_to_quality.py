@@ -47,6 +47,7 @@ from ladder_vae.runs.options import RunConfig
 from ladder_vae.runs.provenance import provenance
 from ladder_vae.runs.run import Run
 from ladder_vae.training.trainer import train
+from runtime.device import keep_freed_memory
 from runtime.errors import UserError, run_command
 from runtime.files import read_json, write_json
 from runtime.signals import Interruption
@@ -216,6 +217,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.command == "learn":
+        keep_freed_memory()  # as in train_svi.py
         print(f"results   {learn(arguments.way, arguments.data_dir)}")
         return 0
     if arguments.command == "speed":

@@ -3,8 +3,9 @@
 import ctypes
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -34,6 +35,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             found = f"finds only {count} GPU{'s' * (count > 1)}" if count else "finds no GPU"
             raise UserError(f"--device is {name!r} but PyTorch {found}; use --device cpu")
     return device
+
+
+def bf16_instructions() -> str | None:
+    """The processor's fastest instructions for bf16: amx_bf16, avx512_bf16, or None."""
+    # Older versions of PyTorch do not know what the processor can do.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return next((name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name)), None)
 
 
 # What PyTorch, oneDNN and C++ say if there is not enough main memory. PyTorch has no type for it.

@@ -6,15 +6,14 @@ parameters of priors, posteriors and likelihood come from convolutions in single
 """
 
 import sys
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ladder_vae.networks.blocks import ResidualBlock
+from runtime.device import bf16_instructions
 
 PRECISIONS = ("float32", "tf32", "bf16")
 COMPILE = ("auto", "yes", "no")
@@ -89,9 +88,7 @@ def _computes_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16; processors without them emulate it slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Older versions of PyTorch do not know what the processor can do.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return bf16_instructions() is not None
 
 
 def _can_compile(device: torch.device) -> bool:

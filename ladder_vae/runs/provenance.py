@@ -9,6 +9,8 @@ from typing import Any
 import pyro
 import torch
 
+from runtime.device import bf16_instructions
+
 
 def provenance(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """The commit, machine and versions that result files and run folders record."""
@@ -37,11 +39,12 @@ def commit() -> str | None:
 
 
 def machine(device: torch.device) -> str:
-    """The GPU's name, or the processor's name and PyTorch's number of threads."""
+    """The GPU's name, or the processor's with its bf16 instructions and PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    instructions, threads = bf16_instructions(), torch.get_num_threads()
+    processor = _processor() + (f" with {instructions}" if instructions else "")
+    return f"{processor}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _processor() -> str:

@@ -202,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": lambda: measured.training_table(benchmark("training")["cases"]),
     "evaluation": lambda: measured.evaluation_table(benchmark("evaluation")["cases"]),
     "scaling": lambda: measured.scaling_table(benchmark("scaling")),
+    "time_to_quality": lambda: measured.time_to_quality_table(benchmark("time_to_quality")),
     "fast_paths": lambda: measured.fast_paths_table(benchmark("learning")["runs"]),
     "parallel": lambda: measured.parallel_table(benchmark("parallel")),
     "communication": lambda: measured.communication_table(benchmark("parallel")),

@@ -186,14 +186,14 @@ class ImportanceWeightedELBO(FreeBitsELBO):
         v = log_w.detach().softmax(0)
         latents = guide_trace.stochastic_nodes
         log_p = sum((model_trace.nodes[z]["log_prob"] for z in latents), terms.log_likelihood)
-        with gates.closed():
-            by_log_w = torch.autograd.grad(log_w.sum(), gates.latents, retain_graph=True)
-            by_log_p = torch.autograd.grad(log_p.sum(), gates.latents, retain_graph=True)
         surrogate = (v * log_p).sum()
-        for z, to_w, to_p in zip(gates.latents, by_log_w, by_log_p, strict=True):
-            weight = v[..., None, None, None]  # over (Z, h, w)
-            # The second term cancels what the sum above sends into z.
-            surrogate = surrogate + (z * (weight**2 * to_w - weight * to_p)).sum()
+        with gates.closed():
+            # The second sum, less what the first one sends into z, in one backward pass.
+            into_z = torch.autograd.grad(
+                (v**2 * log_w - v * log_p).sum(), gates.latents, retain_graph=True
+            )
+        for z, gradient in zip(gates.latents, into_z, strict=True):
+            surrogate = surrogate + (z * gradient).sum()
         return self.objective(terms).detach() - surrogate + surrogate.detach()
 
 

@@ -29,7 +29,6 @@ import torch
 import datasets
 from elbo import FreeBitsELBO, ImportanceWeightedELBO
 from guide import build_ladder
-from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.runs.command_line import (
     OneLineParser,
     add_options,
@@ -44,7 +43,7 @@ from ladder_vae.runs.run import Run
 from ladder_vae.training.data_parallel import check_batch_size
 from ladder_vae.training.fine_tuning import InitialWeights
 from ladder_vae.training.resume import StoredRun, is_finished
-from ladder_vae.training.trainer import Diverged, Trainer, train
+from ladder_vae.training.trainer import Diverged, Trainer, describe, train
 from runtime.device import choose_device, enough_memory, keep_freed_memory
 from runtime.distributed import ONE_PROCESS, Launch, Ranks, joined_ranks
 from runtime.errors import UserError, run_command
@@ -73,21 +72,23 @@ def build_trainer(
     torch.manual_seed(config.seed)
     with as_user_errors():
         model, guide = build_ladder(config.ladder, images.shape)
-        return Trainer(
-            config, build_objective(config)(model, guide), images, held_out, device, ranks
-        )
+        first, last = build_objectives(config)
+        return Trainer(config, first(model, guide), images, held_out, device, ranks, last)
 
 
-def build_objective(config: RunConfig) -> FreeBitsELBO:
-    """The training objective."""
-    if config.objective == "iwae":
-        return ImportanceWeightedELBO(config.particles)
-    return FreeBitsELBO(
+def build_objectives(config: RunConfig) -> tuple[FreeBitsELBO, FreeBitsELBO | None]:
+    """The training objective, and the one that replaces it after `elbo_share` of the run."""
+    bound = ImportanceWeightedELBO(config.particles) if config.objective == "iwae" else None
+    if bound is not None and not config.elbo_share:
+        return bound, None
+    particles = 1 if bound is not None else config.particles
+    elbo = FreeBitsELBO(
         config.free_bits,
         analytic_kl=config.analytical_kl,
-        num_particles=config.particles,
-        vectorize_particles=config.particles > 1,
+        num_particles=particles,
+        vectorize_particles=particles > 1,
     )
+    return elbo, bound
 
 
 def begin(
@@ -292,21 +293,6 @@ def default_folder(config: RunConfig, preset: str | None) -> Path:
         words.append("-".join(config.descr.split()).replace(os.sep, "-"))
     words.append(datetime.now().strftime("%Y%m%d-%H%M%S"))
     return Path("runs") / "-".join(words)
-
-
-def describe(trainer: Trainer, run: Run | None) -> None:
-    """Print the size of the network, the device, the data and the run folder."""
-    config, length, ranks = trainer.config, trainer.length, trainer.ranks
-    place = f"{trainer.device}" if ranks.size == 1 else f"{ranks.size} x {trainer.device.type}"
-    print(
-        f"{len(config.ladder.z_dims)} layers, {count_parameters(trainer.loss_fn):,} parameters, on "
-        f"{place}; {len(trainer.images):,} images of {config.dataset} ({config.train_split})"
-    )
-    if length.steps is None and length.minutes is None:
-        print("no --steps, --epochs or --max-minutes: trains until interrupted (Ctrl-C)")
-    if run is not None:
-        print(f"run folder {run.path}; to monitor it: tensorboard --logdir {run.path}")
-    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

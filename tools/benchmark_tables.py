@@ -150,9 +150,7 @@ def _family(runs: Sequence[Results], name: str) -> list[Results]:
 
 def _recipe_options(run: Results) -> str:
     """The options in which recipes of a family differ."""
-    first = f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
-    then = run.get("then")  # not in the oldest files
-    return f"{first}, then `{' '.join(then)}`" if then else first
+    return f"`{' '.join(run['options'])}`" if run["options"] else "defaults"
 
 
 def time_to_quality_table(measured: Results) -> str:

@@ -66,6 +66,12 @@ class RunConfig:
         check=AT_LEAST_ONE,
         group="objective",
     )
+    elbo_share: float = setting(
+        0.0,
+        "with iwae: fraction of the run, at its start, that maximises the ELBO with one sample",
+        check=FRACTION,
+        group="objective",
+    )
     free_bits: float = setting(
         0.0,
         "free bits: KL of each layer and image, in nats, below which it is not penalised",
@@ -233,18 +239,24 @@ class RunConfig:
             raise ValueError(
                 "`sync_bn` has no effect if `batchnorm` is off; switch off `sync_bn`, too"
             )
-        if self.objective == "iwae":
-            if self.particles < 2:
-                raise ValueError(f"`particles` is {self.particles}; iwae needs at least 2")
-            for name in ("free_bits", "beta_anneal", "analytical_kl"):
-                if getattr(self, name):
-                    raise ValueError(
-                        f"`{name}` has no effect with iwae, whose bound has no KL term"
-                    )
-        if self.lr_decay != "none" and not (self.steps or self.epochs or self.max_minutes):
-            raise ValueError(
-                "`lr_decay` needs the run's length: give `steps`, `epochs` or `max_minutes`"
-            )
+        self._check_objective()
+        for name, unset in (("lr_decay", "none"), ("elbo_share", 0)):
+            timed = self.steps or self.epochs or self.max_minutes
+            if getattr(self, name) != unset and not timed:
+                raise ValueError(
+                    f"`{name}` needs the run's length: give `steps`, `epochs` or `max_minutes`"
+                )
+
+    def _check_objective(self) -> None:
+        if self.objective != "iwae":
+            if self.elbo_share:
+                raise ValueError("`elbo_share` has no effect without iwae: set `objective` to iwae")
+            return
+        if self.particles < 2:
+            raise ValueError(f"`particles` is {self.particles}; iwae needs at least 2")
+        for name in ("free_bits", "beta_anneal", "analytical_kl"):
+            if getattr(self, name) and not self.elbo_share:
+                raise ValueError(f"`{name}` has no effect with iwae, whose bound has no KL term")
 
     def _check_data(self) -> None:
         if self.own is None and self.dataset not in datasets.NAMES:

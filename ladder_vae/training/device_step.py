@@ -71,6 +71,11 @@ class DeviceSVI(SVI):
             if isinstance(value, Tensor)
         ]
 
+    def maximise(self, elbo: Any) -> None:
+        """Take the following steps on the objective `elbo`."""
+        super().maximise(elbo)
+        self._keep_on_device()
+
     def schedule(self, learning_rate: float, kl_weight: float) -> None:
         """Set learning rate and KL weight of the following steps."""
         self.learning_rate, self.kl_weight = learning_rate, kl_weight

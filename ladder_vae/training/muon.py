@@ -6,7 +6,7 @@ O rows, as proposed there.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,20 +61,24 @@ class Muon(torch.optim.Optimizer):
             if weight.grad is not None:
                 by_shape.setdefault(weight.flatten(1).shape, []).append(weight)
         for weights in by_shape.values():  # those of one shape together, which is faster
-            momenta = torch.stack([self._momentum(w, matrices).flatten(1) for w in weights])
+            momenta = torch.stack([m.flatten(1) for m in self._momenta(weights, matrices)])
             updates = orthogonalised(momenta.to(self._dtype)).float()
             updates *= -_RMS * math.sqrt(max(updates.shape[1:])) * matrices["lr"]
             for weight, update in zip(weights, updates, strict=True):
                 weight.add_(update.view(weight.shape))
 
-    def _momentum(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """Nesterov's momentum of a weight."""
-        assert weight.grad is not None
-        gradient = weight.grad.add(weight, alpha=group["weight_decay"])
-        if weight not in self.state:
-            self.state[weight]["momentum"] = torch.zeros_like(weight)
-        momentum = self.state[weight]["momentum"].lerp_(gradient, 1 - _MOMENTUM)
-        return gradient.lerp(momentum, _MOMENTUM)
+    def _momenta(self, weights: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+        """Nesterov's momentum of each weight."""
+        gradients = [w.grad for w in weights if w.grad is not None]
+        if group["weight_decay"]:
+            decay = group["weight_decay"]
+            gradients = list(torch._foreach_add(gradients, weights, alpha=decay))
+        for weight in weights:
+            if weight not in self.state:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        return torch._foreach_lerp(gradients, momenta, _MOMENTUM)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -86,7 +90,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
     return x if wide is matrices else x.mT
 
 

@@ -98,6 +98,10 @@ class SVI:
         """The true negative ELBO of images x (N, C, H, W), in nats per image."""
         return self.elbo.loss(self.loss_fn.model, self.loss_fn.guide, x) / len(x)
 
+    def maximise(self, elbo: Any) -> None:
+        """Take the following steps on the objective `elbo`."""
+        self.loss_fn.elbo = self.elbo = elbo
+
     def schedule(self, learning_rate: float, kl_weight: float) -> None:
         """Set learning rate and KL weight of the following steps."""
         self.learning_rate, self.kl_weight = learning_rate, kl_weight

@@ -19,7 +19,11 @@ _DESCRIPTIONS = (
     (r"/bits_per_dim", "Negative ELBO, in bits per pixel and channel; lower is better."),
     (r"/reconstruction", "Negative log p(x | z), in nats per image; lower is better."),
     (r"/kl", "KL of all layers together, in nats per image."),
-    (r"train/loss", "What is minimised: negative ELBO with free bits and KL weight, in nats."),
+    (
+        r"train/loss",
+        "What is minimised, in nats: the negative ELBO with free bits and KL weight, or the "
+        "negative importance-weighted bound.",
+    ),
     (r"train/gradient_norm", "Global norm of the gradient before clipping."),
     (r"train/learning_rate", "Learning rate of the optimiser."),
     (r"train/kl_weight", "Weight of the KL in the loss, from 0 to 1."),

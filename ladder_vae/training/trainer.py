@@ -1,5 +1,6 @@
 """Training a ladder: the state of a run in progress, and the loop over its steps."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets import ImageSet, TrainingBatches
+from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.networks.initialization import data_dependent_init, scale_branches
 from ladder_vae.networks.precision import Execution
 from ladder_vae.runs.checkpoint import load_weights
@@ -52,6 +54,7 @@ class Trainer:
         images: the training images, on `device`.
         held_out: the images for evaluations during training, on `device`.
         ranks: the processes that share each batch.
+        last_objective: replaces the ELBO module's objective after `elbo_share` of the run.
 
     Raises `ValueError` if options do not suit the device or the number of processes.
     """
@@ -64,6 +67,7 @@ class Trainer:
         held_out: ImageSet,
         device: torch.device,
         ranks: Ranks = ONE_PROCESS,
+        last_objective: Any = None,
     ) -> None:
         self.config = config
         self.images = images
@@ -84,6 +88,7 @@ class Trainer:
             self.loss_fn = synchronised(self.loss_fn, ranks, device)
         self.average = MovingAverage(self.loss_fn, config.ema) if config.ema else None
         self.svi = self._svi()
+        self.last_objective = last_objective
         self.step = 0
         self._minutes_before = 0.0
         self._began = self.clock.now
@@ -142,6 +147,9 @@ class Trainer:
     def take_step(self) -> None:
         """Take one training step."""
         progress = self.length.progress(self.step, self.minutes)
+        last = self.last_objective
+        if last not in (None, self.svi.elbo) and progress >= self.config.elbo_share:
+            self.svi.maximise(last)
         self.svi.schedule(
             learning_rate(self.config, self.step, progress), kl_weight(self.config, self.step)
         )
@@ -188,6 +196,26 @@ class Trainer:
         self._minutes_before = state["minutes"]
         self.step = state["step"]
         self._began = self.clock.now
+
+
+def describe(trainer: Trainer, run: Run | None) -> None:
+    """Print the size of the network, the device, the data and the run folder."""
+    config, length, ranks = trainer.config, trainer.length, trainer.ranks
+    place = f"{trainer.device}" if ranks.size == 1 else f"{ranks.size} x {trainer.device.type}"
+    print(
+        f"{len(config.ladder.z_dims)} layers, {count_parameters(trainer.loss_fn):,} parameters, on "
+        f"{place}; {len(trainer.images):,} images of {config.dataset} ({config.train_split})"
+    )
+    if length.steps is None and length.minutes is None:
+        print("no --steps, --epochs or --max-minutes: trains until interrupted (Ctrl-C)")
+    if config.elbo_share:
+        print(
+            f"maximises the ELBO for {config.elbo_share:.0%} of the run, and then the "
+            f"importance-weighted bound with {config.particles} samples, whose steps take longer"
+        )
+    if run is not None:
+        print(f"run folder {run.path}; to monitor it: tensorboard --logdir {run.path}")
+    sys.stdout.flush()
 
 
 def train(trainer: Trainer, run: Run | None, signals: Interruption) -> None:

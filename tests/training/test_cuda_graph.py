@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from elbo import FreeBitsELBO
+from elbo import FreeBitsELBO, ImportanceWeightedELBO
 from guide import build_ladder
 from ladder_vae.networks import LadderConfig
 from ladder_vae.training.cuda_graph import CudaRecorder, StepGraph
@@ -133,6 +133,22 @@ def test_a_recorded_step_goes_the_way_of_one_that_is_not() -> None:
         assert torch.equal(ours, theirs)
     assert recorded.sums.read() == plain.sums.read()
     assert recorded.guard.skipped == 1
+
+
+@pytest.mark.usefixtures("adamax_anywhere")
+def test_another_objective_is_recorded_anew() -> None:
+    """The graph holds the old objective, and the KL weight belongs to it."""
+    rehearsal = Rehearsal()
+    plain, recorded = make_svi(), make_svi(rehearsal)
+    rehearsal.changed = lambda: tensors(recorded)
+    for svi in (plain, recorded):
+        torch.manual_seed(1)
+        take_steps(svi, 0, 8)
+        svi.maximise(ImportanceWeightedELBO(2))
+        take_steps(svi, 8, 16)
+    assert len(rehearsal.recordings) == 2
+    for ours, theirs in zip(tensors(recorded), tensors(plain), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.usefixtures("adamax_anywhere")

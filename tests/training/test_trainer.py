@@ -1,6 +1,7 @@
 """From options to the network, the objective, the optimizer and the length of a run."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 import train_svi
+from benchmarks.durability import differences
 from elbo import FreeBitsELBO, ImportanceWeightedELBO
 from ladder_vae.networks.blocks import Merge, ResidualBlock
 from ladder_vae.runs.metrics_log import read_entries
 from ladder_vae.runs.run import Run
 from ladder_vae.training.trainer import Trainer
 from tests.commands import refusal, run, words
-from tests.tiny_runs import LADDER, train, training_entries
+from tests.tiny_runs import LADDER, RESUME, stopping, train, training_entries
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -139,6 +141,59 @@ def test_options_that_iwae_ignores_are_refused() -> None:
     assert "--particles is 1; iwae needs at least 2" in refusal(train_svi.main, *iwae)
     line = refusal(train_svi.main, *iwae, *words("--particles 2"))
     assert "--freebits has no effect with iwae, whose bound has no KL term" in line
+
+
+ELBO_THEN_BOUND = words("--objective iwae --particles 3 --elbo-share 0.5 --freebits 0.75")
+
+
+def test_the_bound_replaces_the_elbo_within_a_run() -> None:
+    """After `elbo_share` of the steps; until then the ELBO has one sample, and its own options."""
+    trainer = prepared(*ELBO_THEN_BOUND, *words("--steps 4 --analytical-kl --beta-anneal 2"))
+    trainer.loss_fn.train()
+    objectives = []
+    for _ in range(4):
+        trainer.take_step()
+        assert trainer.loss_fn.elbo is trainer.svi.elbo
+        objectives.append(trainer.svi.elbo)
+    assert [type(o) for o in objectives] == [FreeBitsELBO] * 2 + [ImportanceWeightedELBO] * 2
+    first, last = objectives[0], objectives[-1]
+    assert (first.num_particles, first.free_bits, first.analytic_kl) == (1, 0.75, True)
+    assert last.num_particles == 3
+
+
+def test_the_loss_becomes_that_of_the_bound() -> None:
+    """Free bits raise the ELBO's loss; the bound is tighter than the ELBO."""
+    options = words("--steps 6 --beta-anneal 0 --tr-log-interv 1 --ts-log-interv 0 --ll-interv 0")
+    result = run(train_svi.main, *LADDER, *ELBO_THEN_BOUND, *options, *words("--out run"))
+    assert (
+        "maximises the ELBO for 50% of the run, and then the importance-weighted bound with 3 "
+        "samples, whose steps take longer\n"
+    ) in result.out
+    logged = training_entries("run")
+    assert all(e["train/loss"] >= e["train/negative_elbo"] for e in logged[:3])
+    assert all(e["train/loss"] < e["train/negative_elbo"] for e in logged[3:])
+
+
+def test_the_bound_resumes_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, from either side of the change of objective."""
+    options = (*LADDER, *ELBO_THEN_BOUND, "--steps", 6)
+    assert train(*options, "--out", "whole") == 0
+    for stop in (2, 4):
+        with monkeypatch.context() as patch:
+            stopping(patch, lambda step, stop=stop: step == stop)
+            assert train(*options, "--out", "run") == 143
+        assert train(*RESUME) == 0
+        assert differences(Path("whole"), Path("run")) == []
+        shutil.rmtree("run")
+
+
+def test_a_share_for_the_elbo_needs_the_bound_and_a_length() -> None:
+    dry = [*LADDER, "--dry-run", "--elbo-share", "0.5"]
+    line = refusal(train_svi.main, *dry, "--steps", "1")
+    assert "--elbo-share has no effect without iwae: set --objective to iwae" in line
+    iwae = words("--objective iwae --particles 2 --steps 0 --lr-decay none")
+    line = refusal(train_svi.main, *dry, *iwae)
+    assert "--elbo-share needs the run's length: give --steps, --epochs or --max-minutes" in line
 
 
 def test_free_bits_only_increase_the_loss() -> None:

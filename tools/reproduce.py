@@ -355,7 +355,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(
             "this command runs as a single process: start it without torchrun, or unset WORLD_SIZE"
         )
-    config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
+    config = config_of({"steps": 1} | preset_options(arguments))  # raises for invalid options
+    if config.elbo_share and (arguments.dry_run or arguments.minutes is not None):
+        raise UserError(
+            "the steps of a run with --elbo-share become slower once the bound replaces the ELBO: "
+            "give --steps, and no --minutes or --dry-run"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -251,6 +251,10 @@ def test_another_row_does_not_continue_a_row(row: Path) -> None:
             "mnist-3 --steps 1 --dataset digits --limit 298",
             "--limit is 298 but test has only 297 images",
         ),
+        (
+            "mnist-3 --minutes 1 --objective iwae --particles 2 --elbo-share 0.5",
+            "the steps of a run with --elbo-share become slower once the bound replaces the ELBO",
+        ),
         ("mnist-3 --steps 1 --dataset digits --lr 0", "--lr is 0.0; it must be finite and posit"),
         ("mnist-3 --steps 1 --device tpu", "--device is 'tpu'; it must be auto, cpu, cuda or cud"),
     ],

@@ -1,7 +1,6 @@
 """From options to the network, the objective, the optimizer and the length of a run."""
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,17 +173,16 @@ def test_the_loss_becomes_that_of_the_bound() -> None:
     assert all(e["train/loss"] < e["train/negative_elbo"] for e in logged[3:])
 
 
-def test_the_bound_resumes_to_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stop", [2, 4])
+def test_the_bound_resumes_to_the_same_result(stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, from either side of the change of objective."""
     options = (*LADDER, *ELBO_THEN_BOUND, "--steps", 6)
     assert train(*options, "--out", "whole") == 0
-    for stop in (2, 4):
-        with monkeypatch.context() as patch:
-            stopping(patch, lambda step, stop=stop: step == stop)
-            assert train(*options, "--out", "run") == 143
-        assert train(*RESUME) == 0
-        assert differences(Path("whole"), Path("run")) == []
-        shutil.rmtree("run")
+    with monkeypatch.context() as patch:
+        stopping(patch, lambda step: step == stop)
+        assert train(*options, "--out", "run") == 143
+    assert train(*RESUME) == 0
+    assert differences(Path("whole"), Path("run")) == []
 
 
 def test_a_share_for_the_elbo_needs_the_bound_and_a_length() -> None:

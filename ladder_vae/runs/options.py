@@ -250,7 +250,9 @@ class RunConfig:
     def _check_objective(self) -> None:
         if self.objective != "iwae":
             if self.elbo_share:
-                raise ValueError("`elbo_share` has no effect without iwae: set `objective` to iwae")
+                raise ValueError(
+                    "`elbo_share` has no effect without iwae: set it to 0, or `objective` to iwae"
+                )
             return
         if self.particles < 2:
             raise ValueError(f"`particles` is {self.particles}; iwae needs at least 2")

@@ -188,7 +188,7 @@ def test_the_bound_resumes_to_the_same_result(stop: int, monkeypatch: pytest.Mon
 def test_a_share_for_the_elbo_needs_the_bound_and_a_length() -> None:
     dry = [*LADDER, "--dry-run", "--elbo-share", "0.5"]
     line = refusal(train_svi.main, *dry, "--steps", "1")
-    assert "--elbo-share has no effect without iwae: set --objective to iwae" in line
+    assert "--elbo-share has no effect without iwae: set it to 0, or --objective to iwae" in line
     iwae = words("--objective iwae --particles 2 --steps 0 --lr-decay none")
     line = refusal(train_svi.main, *dry, *iwae)
     assert "--elbo-share needs the run's length: give --steps, --epochs or --max-minutes" in line

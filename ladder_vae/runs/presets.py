@@ -80,7 +80,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ckpt_interv": 400,
     },
     "mnist-laptop": _LAPTOP
-    | {"dataset": "static_mnist", "z_dims": [16] * 4, "downsample": [1, 0, 1, 1]},
+    | {
+        "dataset": "static_mnist",
+        "z_dims": [16] * 4,
+        "downsample": [1, 0, 1, 1],
+        "analytical_kl": True,
+    },
     "cifar10-laptop": _LAPTOP
     | {"dataset": "cifar10", "z_dims": [16] * 5, "downsample": [0, 1, 0, 1, 1]},
     "multi-dsprites-laptop": _LAPTOP

@@ -119,7 +119,7 @@ def test_the_original_command_line_means_the_same() -> None:
         "likelihood": "bernoulli",
         "data_dep_init": True,
         "scale_branches": False,
-        **{"objective": "elbo", "particles": 1},
+        **{"objective": "elbo", "particles": 1, "elbo_share": 0.0},
         "free_bits": 1.0,
         "analytical_kl": False,
         "beta_anneal": 0,

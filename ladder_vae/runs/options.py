@@ -240,9 +240,9 @@ class RunConfig:
                 "`sync_bn` has no effect if `batchnorm` is off; switch off `sync_bn`, too"
             )
         self._check_objective()
-        for name, unset in (("lr_decay", "none"), ("elbo_share", 0)):
-            timed = self.steps or self.epochs or self.max_minutes
-            if getattr(self, name) != unset and not timed:
+        has_length = self.steps or self.epochs or self.max_minutes
+        for name in ("lr_decay", "elbo_share"):
+            if getattr(self, name) not in ("none", 0) and not has_length:
                 raise ValueError(
                     f"`{name}` needs the run's length: give `steps`, `epochs` or `max_minutes`"
                 )

@@ -79,7 +79,7 @@ class Trainer:
         self.length = Length.of(config, self.batches.steps_per_epoch)
         check_batch_statistics(config, images.shape, ranks)
 
-        # The gradient of iwae goes through the networks several times, which compiled ones forbid.
+        # The gradient of iwae goes through the networks twice, which compiled ones forbid.
         compile = "no" if config.objective == "iwae" else config.compile
         self.execution = Execution.choose(config.precision, compile, device)
         self.loss_fn = loss_fn.to(device)
@@ -148,7 +148,7 @@ class Trainer:
         """Take one training step."""
         progress = self.length.progress(self.step, self.minutes)
         last = self.last_objective
-        if last not in (None, self.svi.elbo) and progress >= self.config.elbo_share:
+        if last is not None and self.svi.elbo is not last and progress >= self.config.elbo_share:
             self.svi.maximise(last)
         self.svi.schedule(
             learning_rate(self.config, self.step, progress), kl_weight(self.config, self.step)

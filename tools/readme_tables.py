@@ -69,8 +69,12 @@ def likelihood_table() -> str:
             if PRESETS[name]["dataset"] == dataset:
                 runs += ours(name)
     text = plain_table(runs, "data", "layers", "run", "parameters", "bounds", "minutes", "seed")
-    origins = [f"{run.name} on {origin(run.metrics)}" for run in runs if run.name != "reference"]
-    return f"{text}\n\n{'. '.join(dict.fromkeys(origins))}." if origins else text
+    origins = [
+        f"{run.name} (seed {run.metrics.training_seed}) on {origin(run.metrics)}"
+        for run in runs
+        if run.name != "reference"
+    ]
+    return f"{text}\n\n{'. '.join(origins)}."
 
 
 def plain_table(runs: list[Scored], *names: str) -> str:

@@ -137,7 +137,8 @@ def test_our_bounds_follow_the_published_ones(
         network = ["4", "`mnist-laptop`", "1,752,164"]
         assert [cell for cell in row if cell] == ["static_mnist", *network, *bounds, "19.2", seed]
     assert rows()[8][0].startswith("multi_dsprites")
-    origins = [f"`{name}` on a GPU, commit abc" for name in ("mnist-6", "mnist-laptop")]
+    runs = [("mnist-6", 42), ("mnist-laptop", 1), ("mnist-laptop", 2)]
+    origins = [f"`{name}` (seed {seed}) on a GPU, commit abc" for name, seed in runs]
     assert rows()[-1] == [f"{'. '.join(origins)}."]
 
 

@@ -21,7 +21,7 @@ from guide import build_ladder
 from ladder_vae.evaluation.metrics import Metrics
 from ladder_vae.networks.blocks import count_parameters
 from ladder_vae.reports import tables
-from ladder_vae.reports.comparison import Scored, columns, origin
+from ladder_vae.reports.comparison import Scored, columns, origin, place
 from ladder_vae.reports.curves import learning_curves
 from ladder_vae.runs.metrics_log import finite_entries
 from ladder_vae.runs.options import RunConfig
@@ -69,12 +69,13 @@ def likelihood_table() -> str:
             if PRESETS[name]["dataset"] == dataset:
                 runs += ours(name)
     text = plain_table(runs, "data", "layers", "run", "parameters", "bounds", "minutes", "seed")
-    origins = [
-        f"{run.name} (seed {run.metrics.training_seed}) on {origin(run.metrics)}"
+    trained = [
+        f"{run.name} (seed {run.metrics.training_seed}) on {place(run.metrics.trained)}"
         for run in runs
         if run.name != "reference"
     ]
-    return f"{text}\n\n{'. '.join(origins)}."
+    evaluated = "docs/reproduce.md tells on what machines they were evaluated."
+    return f"{text}\n\nTrained: {'; '.join(trained)}. {evaluated}"
 
 
 def plain_table(runs: list[Scored], *names: str) -> str:
@@ -153,12 +154,13 @@ def pretrained_table() -> str:
         bounds = [bound(metrics, k) if k in metrics.iw else "" for k in numbers]
         bounds.insert(0, bound(metrics, "elbo"))
         link = f"[{name}](../pretrained/{name}.safetensors)"
-        rows.append([link, f"{metrics.n_images:,}", *bounds])
+        rows.append([link, f"{metrics.n_images:,}", *bounds, place(metrics.provenance)])
         limit = f"--limit {metrics.limit} " if metrics.limit else ""
         options = f"--samples {' '.join(metrics.iw)} {limit}--out runs/{name}-pretrained"
         commands.append(f"python evaluate.py pretrained/{name}.safetensors {options}")
     samples = [f"{int(k):,} sample{'s' * (k != '1')}" for k in numbers]
-    table = markdown(["weights", "test images", "ELBO", *samples], rows)
+    header = ["weights", "test images", "ELBO", *samples, "evaluated on"]
+    table = markdown(header, rows)
     text = "To verify these bounds, up to the noise of the samples:"
     return "\n".join([table, "", text, "", "```sh", *commands, "```"])
 

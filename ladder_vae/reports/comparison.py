@@ -191,11 +191,12 @@ def _kl_cell(run: Scored) -> str:
 
 def origin(metrics: Metrics) -> str:
     """The machine and commit of the training, and of the evaluation if they differ."""
-    places = [_place(known) for known in (metrics.trained, metrics.provenance)]
+    places = [place(known) for known in (metrics.trained, metrics.provenance)]
     return "; scored on ".join(dict.fromkeys(filter(None, places)))
 
 
-def _place(provenance: dict[str, Any]) -> str:
+def place(provenance: dict[str, Any]) -> str:
+    """The machine and commit of a training or an evaluation, as far as they are known."""
     commit = provenance.get("commit")
     known = (provenance.get("machine"), commit and f"commit {commit}")
     return ", ".join(str(word) for word in known if word)

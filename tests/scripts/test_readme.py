@@ -110,7 +110,7 @@ def test_our_bounds_follow_the_published_ones(
     content = {
         **{"elbo": 80.0, "iw": {"100": 78.25}, "standard_error": {"elbo": 0.25, "100": 0.2}},
         **{"dataset": "static_mnist", "split": "test", "n_images": 10000, "step": 1, "layers": 6},
-        **{"kl_per_layer": [1.0], "provenance": {"machine": "a GPU", "commit": "abc"}},
+        **{"kl_per_layer": [1.0], "trained": {"machine": "a GPU", "commit": "abc"}},
         **{"minutes": 19.25, "seed": 0, "training_seed": 42, "limit": None},
     }
     laptop = content | {"layers": 4, "parameters": 1_752_164}
@@ -138,8 +138,8 @@ def test_our_bounds_follow_the_published_ones(
         assert [cell for cell in row if cell] == ["static_mnist", *network, *bounds, "19.2", seed]
     assert rows()[8][0].startswith("multi_dsprites")
     runs = [("mnist-6", 42), ("mnist-laptop", 1), ("mnist-laptop", 2)]
-    origins = [f"`{name}` (seed {seed}) on a GPU, commit abc" for name, seed in runs]
-    assert rows()[-1] == [f"{'. '.join(origins)}."]
+    trained = [f"`{name}` (seed {seed}) on a GPU, commit abc" for name, seed in runs]
+    assert rows()[-1][0].startswith(f"Trained: {'; '.join(trained)}.")
 
 
 def test_weights_are_verified_on_the_images_of_their_bounds(
@@ -151,9 +151,12 @@ def test_weights_are_verified_on_the_images_of_their_bounds(
         (tmp_path / f"{name}.safetensors").touch()
         (tmp_path / name).mkdir()
         content = METRICS | {"n_images": limit or 10_000, "limit": limit}
+        content |= {"provenance": {"machine": "a CPU", "commit": "def"}}
         (tmp_path / name / "metrics.json").write_text(json.dumps(content))
     lines = readme_tables.pretrained_table().splitlines()
-    assert [line.split("|")[2].strip() for line in lines[2:4]] == ["10,000", "500"]
+    for line, images in zip(lines[2:4], ("10,000", "500"), strict=True):
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        assert (cells[1], cells[-1]) == (images, "a CPU, commit def")
     assert [line for line in lines if line.startswith("python")] == [
         "python evaluate.py pretrained/all.safetensors --samples 1 1000 --out runs/all-pretrained",
         "python evaluate.py pretrained/some.safetensors --samples 1 1000 --limit 500 "
